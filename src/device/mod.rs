@@ -1,0 +1,107 @@
+//! Memory, threads and matrix products of one compute device. Knows no op and no network.
+
+mod cancel;
+pub mod gemm;
+mod memory;
+pub mod simd;
+pub mod threads;
+
+use std::sync::Arc;
+
+pub use cancel::CancelToken;
+pub use memory::{ALIGNMENT, Buffer, Pool};
+
+use crate::error::{Error, Result};
+use threads::ThreadPool;
+
+/// A compute device: threads and reusable memory. Clones share both.
+#[derive(Debug, Clone)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    threads: ThreadPool,
+    pool: Arc<Pool>,
+}
+
+impl Device {
+    /// The CPU with `threads` threads; 0 takes one per available core.
+    ///
+    /// # Errors
+    /// `OutOfMemory` if the threads cannot be started.
+    pub fn cpu(threads: usize) -> Result<Self> {
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        };
+        let inner = Inner { threads: ThreadPool::new(threads)?, pool: Arc::new(Pool::default()) };
+        Ok(Device { inner: Arc::new(inner) })
+    }
+
+    /// How many threads take part in a loop.
+    pub fn threads(&self) -> usize {
+        self.inner.threads.threads()
+    }
+
+    /// Memory from the device's pool: arbitrary but initialised content.
+    ///
+    /// # Errors
+    /// `OutOfMemory`, naming `what`.
+    pub fn take(&self, what: &str, bytes: usize) -> Result<Buffer> {
+        self.inner.pool.take(what, bytes)
+    }
+
+    /// The pool itself, to trim or to ask how much lies idle.
+    pub fn pool(&self) -> &Pool {
+        &self.inner.pool
+    }
+}
+
+/// What an op needs to run: the device, and the tokens that may stop it. Passed to every op and layer.
+#[derive(Debug, Clone)]
+pub struct Context {
+    device: Device,
+    cancels: Vec<CancelToken>,
+}
+
+impl Context {
+    /// A context that nothing cancels.
+    pub fn new(device: &Device) -> Self {
+        Context { device: device.clone(), cancels: Vec::new() }
+    }
+
+    /// The same context, stopped by `token` too.
+    #[must_use]
+    pub fn cancelled_by(mut self, token: &CancelToken) -> Self {
+        self.cancels.push(token.clone());
+        self
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// # Errors
+    /// `Cancelled` if a token asked to stop.
+    pub fn check(&self) -> Result<()> {
+        if self.cancels.iter().any(CancelToken::is_cancelled) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// Calls `body` once with each number below `tasks`, spread over the device's threads.
+    ///
+    /// # Errors
+    /// `Cancelled` if a token asked to stop, seen before the loop and before each task (outputs are then
+    /// incomplete and must be thrown away); `Internal` if a task panicked.
+    pub fn parallel(&self, tasks: usize, body: impl Fn(usize) + Sync) -> Result<()> {
+        self.check()?;
+        self.device.inner.threads.parallel(tasks, &|task| {
+            if self.check().is_ok() {
+                body(task);
+            }
+        })?;
+        self.check()
+    }
+}

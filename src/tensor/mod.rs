@@ -1,0 +1,220 @@
+//! What a tensor is: shape, element type, storage. Always contiguous, channels last. Names no op.
+
+mod dtype;
+pub mod rng;
+mod shape;
+
+use std::sync::Arc;
+
+pub use dtype::{DType, Element};
+pub use shape::{MAX_RANK, Shape};
+
+use crate::device::{Buffer, Context};
+use crate::error::{Error, Result};
+
+/// A contiguous block of numbers. Clones and views share storage.
+///
+/// Images are `[N, H, W, C]`, token sequences `[N, T, C]`. Activations are `F32`; weights keep the type
+/// of their file.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    shape: Shape,
+    dtype: DType,
+    storage: Storage,
+    /// First byte within the storage.
+    offset: usize,
+}
+
+/// Where the bytes lie.
+#[derive(Clone, Debug)]
+enum Storage {
+    Host(Arc<Buffer>),
+    /// A mapped weight file: read-only, paged in on first use.
+    Mapped(Arc<memmap2::Mmap>),
+}
+
+impl Tensor {
+    /// A tensor over pooled memory, to be filled by [`Tensor::slice_mut`]. Content is arbitrary.
+    ///
+    /// # Errors
+    /// `OutOfMemory`, naming `what`; `InvalidArgument` if the shape is absurd.
+    pub fn new(cx: &Context, what: &'static str, dims: &[usize], dtype: DType) -> Result<Self> {
+        let shape = Shape::new(dims)?;
+        let buffer = cx.device().take(what, shape.elements() * dtype.size())?;
+        Ok(Tensor { shape, dtype, storage: Storage::Host(Arc::new(buffer)), offset: 0 })
+    }
+
+    /// A pooled tensor of zeros.
+    ///
+    /// # Errors
+    /// As [`Tensor::new`].
+    pub fn zeros(cx: &Context, what: &'static str, dims: &[usize], dtype: DType) -> Result<Self> {
+        let mut tensor = Self::new(cx, what, dims, dtype)?;
+        tensor.bytes_mut()?.fill(0);
+        Ok(tensor)
+    }
+
+    /// A copy of `values` in memory of its own, outside any pool.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the count does not match the shape; `OutOfMemory`.
+    pub fn from_slice<T: Element>(dims: &[usize], values: &[T]) -> Result<Self> {
+        let shape = Shape::new(dims)?;
+        if shape.elements() != values.len() {
+            let expected = format!("{} values for shape {shape}", shape.elements());
+            return Err(Error::argument("values", expected, values.len()));
+        }
+        let buffer = Buffer::new("a tensor", std::mem::size_of_val(values))?;
+        let mut tensor =
+            Tensor { shape, dtype: T::DTYPE, storage: Storage::Host(Arc::new(buffer)), offset: 0 };
+        tensor.slice_mut::<T>()?.copy_from_slice(values);
+        Ok(tensor)
+    }
+
+    /// A tensor inside a mapped file, from byte `offset` on.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the bytes are not there or not aligned for the element type.
+    pub fn mapped(map: &Arc<memmap2::Mmap>, offset: usize, dims: &[usize], dtype: DType) -> Result<Self> {
+        let shape = Shape::new(dims)?;
+        let bytes = shape.elements() * dtype.size();
+        if offset.checked_add(bytes).is_none_or(|end| end > map.len()) {
+            let expected = format!("{bytes} bytes from byte {offset}");
+            return Err(Error::argument("a mapped tensor", expected, format!("{} bytes", map.len())));
+        }
+        if (map.as_ptr() as usize + offset) % dtype.size() != 0 {
+            let expected = format!("data aligned to {} bytes", dtype.size());
+            return Err(Error::argument("a mapped tensor", expected, format!("offset {offset}")));
+        }
+        Ok(Tensor { shape, dtype, storage: Storage::Mapped(map.clone()), offset })
+    }
+
+    /// The shape.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The dimensions, outermost first.
+    pub fn dims(&self) -> &[usize] {
+        self.shape.dims()
+    }
+
+    /// The dimensions as an array, if there are `N`.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming `what`, for another rank.
+    pub fn dims_of<const N: usize>(&self, what: &str) -> Result<[usize; N]> {
+        self.dims()
+            .try_into()
+            .map_err(|_| Error::argument(what, format!("{N} dimensions"), self.shape))
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.elements()
+    }
+
+    /// The bytes, in the machine's order.
+    pub fn bytes(&self) -> &[u8] {
+        let all = match &self.storage {
+            Storage::Host(buffer) => buffer.bytes(),
+            Storage::Mapped(map) => map,
+        };
+        &all[self.offset..self.offset + self.elements() * self.dtype.size()]
+    }
+
+    fn bytes_mut(&mut self) -> Result<&mut [u8]> {
+        let len = self.elements() * self.dtype.size();
+        match &mut self.storage {
+            Storage::Host(buffer) => match Arc::get_mut(buffer) {
+                Some(buffer) => Ok(&mut buffer.bytes_mut()[self.offset..self.offset + len]),
+                None => Err(Error::internal("a tensor", "written while it is shared")),
+            },
+            Storage::Mapped(_) => Err(Error::internal("a tensor", "a mapped weight is read-only")),
+        }
+    }
+
+    /// The elements.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the tensor holds another type.
+    pub fn slice<T: Element>(&self) -> Result<&[T]> {
+        self.expect_dtype(T::DTYPE)?;
+        let bytes = self.bytes();
+        // SAFETY: buffers are 64-byte aligned and views start at whole elements; `mapped` checked its
+        // alignment. Every bit pattern is a value of an `Element`.
+        Ok(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), self.shape.elements()) })
+    }
+
+    /// The elements, to write. Only the sole owner of the storage may.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another type; `Internal` if the storage is shared or a mapped file.
+    pub fn slice_mut<T: Element>(&mut self) -> Result<&mut [T]> {
+        self.expect_dtype(T::DTYPE)?;
+        let elements = self.shape.elements();
+        let bytes = self.bytes_mut()?;
+        // SAFETY: as in `slice`; the borrow of `self` makes the access exclusive.
+        Ok(unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), elements) })
+    }
+
+    fn expect_dtype(&self, dtype: DType) -> Result<()> {
+        if self.dtype == dtype {
+            return Ok(());
+        }
+        Err(Error::argument("a tensor", format!("elements of type {dtype}"), self.dtype))
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the element counts differ.
+    pub fn reshape(&self, dims: &[usize]) -> Result<Self> {
+        let shape = Shape::new(dims)?;
+        if shape.elements() != self.elements() {
+            return Err(Error::argument("reshape", format!("a shape like {}", self.shape), shape));
+        }
+        Ok(Tensor { shape, ..self.clone() })
+    }
+
+    /// `count` entries of the first dimension from `start` on, as a view.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if they are not all there.
+    pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
+        let Some((&first, inner)) = self.dims().split_first() else {
+            return Err(Error::argument("narrow", "at least one dimension", self.shape));
+        };
+        if start.checked_add(count).is_none_or(|end| end > first) {
+            return Err(Error::argument("narrow", format!("a range within {first}"), start + count));
+        }
+        let stride: usize = inner.iter().product::<usize>() * self.dtype.size();
+        let mut dims = [1; MAX_RANK];
+        dims[..self.dims().len()].copy_from_slice(self.dims());
+        dims[0] = count;
+        let shape = Shape::new(&dims[..self.dims().len()])?;
+        Ok(Tensor { shape, offset: self.offset + start * stride, ..self.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_share_storage_and_forbid_writing() {
+        let mut whole = Tensor::from_slice(&[3, 2], &[0f32, 1., 2., 3., 4., 5.]).unwrap();
+        let part = whole.narrow(1, 2).unwrap();
+        assert_eq!(part.slice::<f32>().unwrap(), [2., 3., 4., 5.]);
+        assert!(whole.slice_mut::<f32>().is_err());
+        drop(part);
+        whole.slice_mut::<f32>().unwrap()[0] = 9.;
+        assert!(whole.slice::<i64>().is_err());
+        assert!(whole.narrow(2, 2).is_err());
+    }
+}
