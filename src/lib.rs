@@ -6,18 +6,12 @@ mod error;
 pub mod image;
 pub mod nn;
 pub mod ops;
-pub mod pipeline;
 pub mod stages;
 pub mod tensor;
 pub mod text;
 pub mod weights;
 
-pub mod capi;
-
 pub use device::{CancelToken, Context, Device};
 pub use error::{Error, Result};
 pub use image::Image;
-pub use pipeline::{
-    Choice, GenerateOptions, Job, LogLevel, Model, ModelInfo, ModelOptions, Progress, Residency, Sampler, Stage,
-};
 pub use tensor::{DType, Tensor};
