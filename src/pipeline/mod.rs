@@ -2,10 +2,12 @@
 
 mod generate;
 mod generate_options;
+mod guided;
 mod job;
-mod load;
+pub mod load;
 mod model;
 mod options;
+mod sampling;
 mod stage_calls;
 
 pub use generate_options::GenerateOptions;

@@ -92,6 +92,16 @@ impl Tensor {
         Ok(joined)
     }
 
+    /// A copy in memory of its own, so that the original's can go back to its pool.
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub fn detached(&self) -> Result<Self> {
+        let mut buffer = Buffer::new("a tensor", self.bytes().len())?;
+        buffer.bytes_mut().copy_from_slice(self.bytes());
+        Ok(Tensor { storage: Storage::Host(Arc::new(buffer)), offset: 0, ..*self })
+    }
+
     /// A tensor inside a mapped file, from byte `offset` on.
     ///
     /// # Errors
