@@ -8,7 +8,7 @@ use super::options::Stage;
 use super::sampling::{LatentWalk, TokenWalk};
 use crate::device::Context;
 use crate::device::threads::run_apart;
-use crate::diffusion::noise::SeededNoise;
+use crate::diffusion::noise::{NoiseSource, SeededNoise};
 use crate::error::{Error, Result};
 use crate::image::{Image, preprocess};
 use crate::stages::blocks::Conditioning;
@@ -177,6 +177,22 @@ impl Model {
         negative_text: Option<&Tensor>,
         options: &GenerateOptions,
     ) -> Result<Tensor> {
+        let mut noise = SeededNoise::new(seeds(options, latents.dims().first().copied().unwrap_or(0)));
+        self.stage_b_sample_with(latents, text, negative_text, options, &mut noise)
+    }
+
+    /// [`Model::stage_b_sample`] with random numbers of the caller's.
+    ///
+    /// # Errors
+    /// As there, and what the source returns.
+    pub fn stage_b_sample_with(
+        &self,
+        latents: &Tensor,
+        text: &Tensor,
+        negative_text: Option<&Tensor>,
+        options: &GenerateOptions,
+        noise: &mut (dyn NoiseSource + Send),
+    ) -> Result<Tensor> {
         let network = &self.inner.stage_b.network;
         let [n, _, _, _] = latents.dims_of("latents")?;
         expect_channels("latents", latents, network.config().latent_channels)?;
@@ -184,8 +200,7 @@ impl Model {
             let cx = self.context_of(options);
             let walk = TokenWalk::new(self, options, &cx)?;
             let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
-            let mut noise = SeededNoise::new(seeds(options, n));
-            walk.run(latents, &texts, &mut noise, &mut |_, _| Ok(()))
+            walk.run(latents, &texts, noise, &mut |_, _| Ok(()))
         })
     }
 
@@ -226,6 +241,22 @@ impl Model {
         initial_noise: Option<&Tensor>,
         options: &GenerateOptions,
     ) -> Result<Tensor> {
+        let mut noise = SeededNoise::new(seeds(options, text.dims().first().copied().unwrap_or(0)));
+        self.stage_c_sample_with(text, negative_text, initial_noise, options, &mut noise)
+    }
+
+    /// [`Model::stage_c_sample`] with random numbers of the caller's.
+    ///
+    /// # Errors
+    /// As there, and what the source returns.
+    pub fn stage_c_sample_with(
+        &self,
+        text: &Tensor,
+        negative_text: Option<&Tensor>,
+        initial_noise: Option<&Tensor>,
+        options: &GenerateOptions,
+        noise: &mut (dyn NoiseSource + Send),
+    ) -> Result<Tensor> {
         let [n, _, _] = text.dims_of("text")?;
         let mut grid = self.latent_size(options.width, options.height);
         if let Some(noise) = initial_noise {
@@ -238,9 +269,8 @@ impl Model {
             let cx = self.context_of(options);
             let walk = LatentWalk::new(self, options, &cx, grid)?;
             let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
-            let mut noise = SeededNoise::new(seeds(options, n));
             let start = initial_noise.map(|x| Tensor::from_parts(&cx, "latents", x.dims(), &[x])).transpose()?;
-            let latents = walk.run(&texts, &mut noise, start, &mut |_| Ok(()))?;
+            let latents = walk.run(&texts, noise, start, &mut |_| Ok(()))?;
             super::sampling::check_finite(&latents, "Stage C", &self.inner.stage_c.weights)?;
             Ok(latents)
         })
