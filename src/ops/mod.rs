@@ -1,6 +1,9 @@
 //! The numerical operations: one folder per op with its definition, checks and tests, and its kernel beside it.
 
+pub mod activation;
 #[cfg(test)]
 pub(crate) mod check;
+pub mod depthwise_conv;
 pub(crate) mod kernels;
 pub mod layer_norm;
+pub mod response_norm;

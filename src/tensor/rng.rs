@@ -102,6 +102,31 @@ fn normal_pair(a: u32, b: u32) -> [f32; 2] {
     [(radius * cos) as f32, (radius * sin) as f32]
 }
 
+/// 1/3, 1/5, ..: the series of artanh(s) after s, divided by s.
+const ARTANH: [f64; 11] = {
+    let mut terms = [0.0; 11];
+    let mut i = 0;
+    while i < terms.len() {
+        terms[i] = 1.0 / (2 * i + 3) as f64;
+        i += 1;
+    }
+    terms
+};
+
+/// (-1)^i / (2i+1)! and (-1)^i / (2i)!: Taylor's coefficients of sin and cos. The factorials are exact in f64.
+const SIN_COS: [[f64; 2]; 10] = {
+    let mut terms = [[0.0; 2]; 10];
+    let (mut i, mut factorial, mut sign) = (0, 1.0, 1.0);
+    while i < terms.len() {
+        let odd = factorial * (2 * i + 1) as f64;
+        terms[i] = [sign / odd, sign / factorial];
+        factorial = odd * (2 * i + 2) as f64;
+        sign = -sign;
+        i += 1;
+    }
+    terms
+};
+
 /// The natural logarithm of a positive normal number.
 ///
 /// x = m 2^e with m in [sqrt(1/2), sqrt(2)); ln m = 2 artanh(s), s = (m-1)/(m+1), by its series.
@@ -117,10 +142,8 @@ fn ln(x: f64) -> f64 {
     let s = (m - 1.0) / (m + 1.0);
     let z = s * s;
     let mut series = 0.0;
-    let mut k = 23;
-    while k > 1 {
-        series = (series + 1.0 / f64::from(k)) * z;
-        k -= 2;
+    for coefficient in ARTANH.iter().rev() {
+        series = (series + coefficient) * z;
     }
     let ln_m = 2.0 * s + 2.0 * s * series;
     e * LN2_HIGH + (e * LN2_LOW + ln_m)
@@ -134,12 +157,10 @@ fn sin_cos_of_word(w: u32) -> (f64, f64) {
     let turns = (i64::from(w) - (quarter << 30) as i64) as f64 * TWO_POW_MINUS_32;
     let angle = turns * std::f64::consts::TAU;
     let z = angle * angle;
-    let (mut sin, mut cos) = (1.0, 1.0);
-    let mut k = 18;
-    while k > 0 {
-        sin = 1.0 - sin * z / f64::from(k * (k + 1));
-        cos = 1.0 - cos * z / f64::from(k * (k - 1));
-        k -= 2;
+    let (mut sin, mut cos) = (0.0, 0.0);
+    for [of_sin, of_cos] in SIN_COS.iter().rev() {
+        sin = sin * z + of_sin;
+        cos = cos * z + of_cos;
     }
     sin *= angle;
     match quarter & 3 {
