@@ -1,16 +1,99 @@
 //! Depthwise convolution on the CPU.
 //!
-//! Four neighbouring pixels and 32 channels at a time: their sums stay in registers over all taps, and one load
-//! of the weights serves four pixels. What follows the convolution reads the four pixels from the first cache.
+//! Eight neighbouring pixels and a register of channels at a time: their sums stay in registers over all taps, and one load
+//! of the weights serves eight pixels. What follows the convolution reads the pixels from the first cache.
 //! A tap outside a zero-padded image is left out. The order of a sum is that of the taps, then of the group.
 
 use super::{MAX_KERNEL, Padding, Sizes};
 use crate::ops::activation::{self, Activation};
-use crate::ops::kernels::{mul_add, per_cpu};
+use crate::ops::kernels::{Level, level, mul_add};
 use crate::ops::layer_norm::cpu::moments;
 
-/// Pixels done together.
-const PIXELS: usize = 4;
+/// Pixels done together: as many sums as hide the latency of one fused multiply-add.
+const PIXELS: usize = 8;
+
+/// A register of floats. Left to itself, the compiler keeps the sums of [`block`] in memory.
+trait Vector: Copy {
+    /// How many floats it holds.
+    const WIDTH: usize;
+
+    /// # Safety
+    /// `WIDTH` floats from `from` on must be readable, and the processor must have the instruction.
+    unsafe fn load(from: *const f32) -> Self;
+
+    /// # Safety
+    /// `WIDTH` floats from `to` on must be writable, and the processor must have the instruction.
+    unsafe fn store(self, to: *mut f32);
+
+    /// `a * b + c`, as [`mul_add`] rounds it at this level.
+    ///
+    /// # Safety
+    /// The processor must have the instruction.
+    unsafe fn mul_add(a: Self, b: Self, c: Self) -> Self;
+}
+
+/// One float, where channels are few.
+#[derive(Clone, Copy)]
+struct One<const FMA: bool>(f32);
+
+impl<const FMA: bool> Vector for One<FMA> {
+    const WIDTH: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's.
+        One(unsafe { *from })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { *to = self.0 };
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self, b: Self, c: Self) -> Self {
+        One(mul_add::<FMA>(a.0, b.0, c.0))
+    }
+}
+
+/// [`Vector`] over the registers of x86-64.
+#[cfg(target_arch = "x86_64")]
+macro_rules! vector {
+    ($type:ident, $width:literal, $load:ident, $store:ident, |$a:ident, $b:ident, $c:ident| $mul_add:expr) => {
+        impl Vector for std::arch::x86_64::$type {
+            const WIDTH: usize = $width;
+
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self {
+                // SAFETY: the caller's.
+                unsafe { std::arch::x86_64::$load(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32) {
+                // SAFETY: the caller's.
+                unsafe { std::arch::x86_64::$store(to, self) }
+            }
+
+            #[inline(always)]
+            unsafe fn mul_add($a: Self, $b: Self, $c: Self) -> Self {
+                // SAFETY: the caller's.
+                unsafe { $mul_add }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod registers {
+    use super::Vector;
+    use std::arch::x86_64::{_mm_add_ps, _mm_mul_ps, _mm256_fmadd_ps, _mm512_fmadd_ps};
+
+    vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, |a, b, c| _mm512_fmadd_ps(a, b, c));
+    vector!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, |a, b, c| _mm256_fmadd_ps(a, b, c));
+    vector!(__m128, 4, _mm_loadu_ps, _mm_storeu_ps, |a, b, c| _mm_add_ps(_mm_mul_ps(a, b), c));
+}
 
 /// What follows the convolution.
 pub enum Then<'a> {
@@ -66,53 +149,54 @@ impl Taps {
     }
 }
 
-/// Sums of `P` pixels that lie `step` numbers apart in the input, over `L` channels from `first` on.
+/// Sums of `P` pixels that lie `stride` apart in the input, over the channels of a vector from `first` on.
 #[inline(always)]
-fn block<const FMA: bool, const P: usize, const L: usize>(
-    job: &Job,
-    image: &[f32],
-    taps: &Taps,
-    first: usize,
-    out: &mut [f32],
-) {
+fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &Taps, first: usize, out: &mut [f32]) {
     let Sizes { channels, groups, stride, .. } = job.shape;
     let step = stride * groups * channels;
-    let mut sums = [[0f32; L]; P];
-    for sum in &mut sums {
-        sum.copy_from_slice(&job.bias[first..first + L]);
-    }
-    for &(pixel, tap) in &taps.list[..taps.len] {
-        for g in 0..groups {
-            let weight = &job.weight[(tap * groups + g) * channels + first..][..L];
-            for (p, sum) in sums.iter_mut().enumerate() {
-                let input = &image[pixel + p * step + g * channels + first..][..L];
-                for i in 0..L {
-                    sum[i] = mul_add::<FMA>(input[i], weight[i], sum[i]);
+    let farthest = (P - 1) * step + groups * channels;
+    assert!(first + V::WIDTH <= channels && out.len() >= P * channels && job.bias.len() == channels);
+    // SAFETY: with the asserts here and in the loop, every vector lies within its slice: `first` plus the width
+    // is at most `channels`, `g` is below `groups`, `p` is below `P`.
+    unsafe {
+        let mut sums = [V::load(job.bias.as_ptr().add(first)); P];
+        for &(pixel, tap) in &taps.list[..taps.len] {
+            assert!(pixel + farthest <= image.len() && (tap + 1) * groups * channels <= job.weight.len());
+            let mut weight = job.weight.as_ptr().add(tap * groups * channels + first);
+            let mut input = image.as_ptr().add(pixel + first);
+            for _ in 0..groups {
+                let factor = V::load(weight);
+                for (p, sum) in sums.iter_mut().enumerate() {
+                    *sum = V::mul_add(V::load(input.wrapping_add(p * step)), factor, *sum);
                 }
+                weight = weight.wrapping_add(channels);
+                input = input.wrapping_add(channels);
             }
         }
-    }
-    for (p, sum) in sums.iter().enumerate() {
-        out[p * channels + first..][..L].copy_from_slice(sum);
+        for (p, sum) in sums.iter().enumerate() {
+            sum.store(out.as_mut_ptr().add(p * channels + first));
+        }
     }
 }
 
-/// All channels of `P` neighbouring output pixels.
+/// All channels of `P` neighbouring output pixels. A last vector that would not fit starts earlier: what it does
+/// again, it does the same.
 #[inline(always)]
-fn pixels<const FMA: bool, const P: usize>(job: &Job, image: &[f32], taps: &Taps, out: &mut [f32]) {
+fn pixels<const FMA: bool, V: Vector, const P: usize>(
+    job: &Job,
+    image: &[f32],
+    taps: &Taps,
+    out: &mut [f32],
+) {
     let channels = job.shape.channels;
-    let mut first = 0;
-    while first + 32 <= channels {
-        block::<FMA, P, 32>(job, image, taps, first, out);
-        first += 32;
+    if channels < V::WIDTH {
+        for first in 0..channels {
+            block::<One<FMA>, P>(job, image, taps, first, out);
+        }
+        return;
     }
-    while first + 8 <= channels {
-        block::<FMA, P, 8>(job, image, taps, first, out);
-        first += 8;
-    }
-    while first < channels {
-        block::<FMA, P, 1>(job, image, taps, first, out);
-        first += 1;
+    for i in 0..channels.div_ceil(V::WIDTH) {
+        block::<V, P>(job, image, taps, (i * V::WIDTH).min(channels - V::WIDTH), out);
     }
 }
 
@@ -143,7 +227,7 @@ fn finish<const FMA: bool>(job: &Job, pixel: usize, out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn body<const FMA: bool>(job: &Job, first_row: usize, out: &mut [f32]) {
+fn body<const FMA: bool, V: Vector>(job: &Job, first_row: usize, out: &mut [f32]) {
     let Sizes { height, width, out_height, out_width, channels, groups, kernel, stride, .. } = job.shape;
     let image_size = height * width * groups * channels;
     for (row, out) in (first_row..).zip(out.chunks_exact_mut(out_width * channels)) {
@@ -157,9 +241,9 @@ fn body<const FMA: bool>(job: &Job, first_row: usize, out: &mut [f32]) {
             let taps = Taps::of(job, y, x);
             let out = &mut out[x * channels..(x + count) * channels];
             if inside {
-                pixels::<FMA, PIXELS>(job, image, &taps, out);
+                pixels::<FMA, V, PIXELS>(job, image, &taps, out);
             } else {
-                pixels::<FMA, 1>(job, image, &taps, out);
+                pixels::<FMA, V, 1>(job, image, &taps, out);
             }
             finish::<FMA>(job, row * out_width + x, out);
             x += count;
@@ -167,9 +251,32 @@ fn body<const FMA: bool>(job: &Job, first_row: usize, out: &mut [f32]) {
     }
 }
 
-per_cpu! {
-    /// Output rows from row `first_row` of the batch on.
-    pub fn rows(job: &Job, first_row: usize, out: &mut [f32]) = body
+/// Output rows from row `first_row` of the batch on.
+pub fn rows(job: &Job, first_row: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+    fn avx512(job: &Job, first_row: usize, out: &mut [f32]) {
+        body::<true, std::arch::x86_64::__m512>(job, first_row, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2(job: &Job, first_row: usize, out: &mut [f32]) {
+        body::<true, std::arch::x86_64::__m256>(job, first_row, out);
+    }
+    match level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `level` found these instructions on this processor.
+        Level::Avx512 => unsafe { avx512(job, first_row, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { avx2(job, first_row, out) },
+        #[cfg(target_arch = "x86_64")]
+        Level::Baseline => body::<false, std::arch::x86_64::__m128>(job, first_row, out),
+        #[cfg(not(target_arch = "x86_64"))]
+        Level::Baseline => body::<{ cfg!(target_arch = "aarch64") }, One<{ cfg!(target_arch = "aarch64") }>>(
+            job, first_row, out,
+        ),
+    }
 }
 
 /// One pixel of two inputs, as `[G, C]`: entry (g, c) is channel `c*G + g` of their concatenation.
