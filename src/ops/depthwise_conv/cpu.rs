@@ -149,6 +149,19 @@ impl Taps {
     }
 }
 
+/// `body` for each `p` below `count`, at most [`PIXELS`], unrolled: indices that the compiler knows are registers.
+macro_rules! each_pixel {
+    ($count:ident, |$p:ident| $body:expr) => {
+        each_pixel!(@ $count, $p, $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $count:ident, $p:ident, $body:expr, $($number:literal)*) => {
+        $(if $number < $count {
+            let $p = $number;
+            $body;
+        })*
+    };
+}
+
 /// Sums of `P` pixels that lie `stride` apart in the input, over the channels of a vector from `first` on.
 #[inline(always)]
 fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &Taps, first: usize, out: &mut [f32]) {
@@ -159,23 +172,21 @@ fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &Taps, first
     // SAFETY: with the asserts here and in the loop, every vector lies within its slice: `first` plus the width
     // is at most `channels`, `g` is below `groups`, `p` is below `P`.
     unsafe {
-        let mut sums = [V::load(job.bias.as_ptr().add(first)); P];
+        let mut sums = [V::load(job.bias.as_ptr().add(first)); PIXELS];
         for &(pixel, tap) in &taps.list[..taps.len] {
             assert!(pixel + farthest <= image.len() && (tap + 1) * groups * channels <= job.weight.len());
             let mut weight = job.weight.as_ptr().add(tap * groups * channels + first);
             let mut input = image.as_ptr().add(pixel + first);
             for _ in 0..groups {
                 let factor = V::load(weight);
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    *sum = V::mul_add(V::load(input.wrapping_add(p * step)), factor, *sum);
-                }
+                each_pixel!(P, |p| {
+                    sums[p] = V::mul_add(V::load(input.wrapping_add(p * step)), factor, sums[p]);
+                });
                 weight = weight.wrapping_add(channels);
                 input = input.wrapping_add(channels);
             }
         }
-        for (p, sum) in sums.iter().enumerate() {
-            sum.store(out.as_mut_ptr().add(p * channels + first));
-        }
+        each_pixel!(P, |p| sums[p].store(out.as_mut_ptr().add(p * channels + first)));
     }
 }
 
