@@ -3,7 +3,11 @@
 pub mod activation;
 #[cfg(test)]
 pub(crate) mod check;
+pub mod conv2d;
+pub mod conv_transpose2d;
 pub mod depthwise_conv;
 pub(crate) mod kernels;
 pub mod layer_norm;
+pub mod pixel_shuffle;
+pub(crate) mod product;
 pub mod response_norm;
