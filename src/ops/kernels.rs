@@ -3,7 +3,6 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -64,33 +63,25 @@ pub(crate) fn parallel_chunks<T: Send>(
     })
 }
 
-/// As [`parallel_chunks`], with `scratch` numbers of arbitrary content for each call.
-pub(crate) fn parallel_chunks_with<T: Send>(
+/// Changes `x` part by part: where it lies if nobody else owns its memory, else in a copy.
+pub(crate) fn in_place(
     cx: &Context,
-    out: &mut [T],
+    what: &'static str,
+    mut x: Tensor,
     chunk: usize,
-    scratch: usize,
-    body: impl Fn(usize, &mut [T], &mut [f32]) + Sync,
-) -> Result<()> {
-    let (len, chunk) = (out.len(), chunk.max(1));
-    let tasks = len.div_ceil(chunk);
-    let workers = cx.device().threads().min(tasks).max(1);
-    let mut memory = Tensor::new(cx, "kernel scratch", &[workers, scratch], DType::F32)?;
-    let memory = SharedOut::new(memory.slice_mut::<f32>()?);
-    let out = SharedOut::new(out);
-    let next = AtomicUsize::new(0);
-    cx.parallel(workers, |worker| {
-        // SAFETY: one part for each worker.
-        let scratch = unsafe { memory.slice(worker * scratch..(worker + 1) * scratch) };
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks || cx.check().is_err() {
-                return;
-            }
-            // SAFETY: the counter gives each number once, and the ranges of different numbers are disjoint.
-            body(i, unsafe { out.slice(i * chunk..len.min((i + 1) * chunk)) }, scratch);
-        }
-    })
+    body: impl Fn(usize, &mut [f32]) + Sync,
+) -> Result<Tensor> {
+    if let Ok(own) = x.slice_mut::<f32>() {
+        parallel_chunks(cx, own, chunk, body)?;
+        return Ok(x);
+    }
+    let shared = x.slice::<f32>()?;
+    let mut out = Tensor::new(cx, what, x.dims(), DType::F32)?;
+    parallel_chunks(cx, out.slice_mut()?, chunk, |i, part| {
+        part.copy_from_slice(&shared[i * chunk.max(1)..][..part.len()]);
+        body(i, part);
+    })?;
+    Ok(out)
 }
 
 /// Reads elements `start..start + out.len()` of a float tensor of any type as `f32`.

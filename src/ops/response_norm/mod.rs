@@ -25,29 +25,17 @@ pub fn response_norm(cx: &Context, x: Tensor, gamma: &Tensor, beta: &Tensor) -> 
     }
     let gamma = kernels::channel_vector(cx, "response norm gamma", gamma, channels)?;
     let beta = kernels::channel_vector(cx, "response norm beta", beta, channels)?;
-    let mut x = x;
     let samples = x.dims()[0];
     let sample = x.elements() / samples.max(1);
     let factors = factors(cx, &x, gamma.slice()?)?;
     let (factors, beta) = (factors.slice::<f32>()?, beta.slice::<f32>()?);
     let rows = kernels::rows_per_task(channels);
-    let of_rows = |i: usize, part: &mut [f32]| {
+    kernels::in_place(cx, "response norm", x, rows * channels, |i, part| {
         for (row, part) in (i * rows..).zip(part.chunks_exact_mut(channels)) {
             let factor = &factors[row * channels / sample * channels..][..channels];
             cpu::scale(part, factor, beta);
         }
-    };
-    if let Ok(own) = x.slice_mut::<f32>() {
-        kernels::parallel_chunks(cx, own, rows * channels, of_rows)?;
-        return Ok(x);
-    }
-    let mut out = Tensor::new(cx, "response norm", x.dims(), DType::F32)?;
-    let shared = x.slice::<f32>()?;
-    kernels::parallel_chunks(cx, out.slice_mut()?, rows * channels, |i, part| {
-        part.copy_from_slice(&shared[i * rows * channels..][..part.len()]);
-        of_rows(i, part);
-    })?;
-    Ok(out)
+    })
 }
 
 /// `gamma * Nx + 1` for each sample and channel, `[N, C]`.
