@@ -1,0 +1,73 @@
+//! What the tests of the ops share.
+
+use crate::device::{Context, Device};
+use crate::error::Result;
+use crate::tensor::rng::Philox;
+use crate::tensor::{DType, Tensor};
+
+/// A context on one thread.
+pub fn cx() -> Context {
+    Context::new(&Device::cpu(1).unwrap())
+}
+
+/// Normal numbers.
+pub fn random(dims: &[usize], seed: u64) -> Tensor {
+    let mut values = vec![0f32; dims.iter().product()];
+    Philox::new(seed, 0).fill_normal(&mut values, 0);
+    Tensor::from_slice(dims, &values).unwrap()
+}
+
+/// The same numbers, rounded to another float type.
+pub fn cast(x: &Tensor, dtype: DType) -> Tensor {
+    let values = x.slice::<f32>().unwrap();
+    match dtype {
+        DType::F16 => {
+            let cast: Vec<_> = values.iter().map(|&v| half::f16::from_f32(v)).collect();
+            Tensor::from_slice(x.dims(), &cast).unwrap()
+        }
+        DType::BF16 => {
+            let cast: Vec<_> = values.iter().map(|&v| half::bf16::from_f32(v)).collect();
+            Tensor::from_slice(x.dims(), &cast).unwrap()
+        }
+        _ => x.clone(),
+    }
+}
+
+/// The numbers of a float tensor, exactly.
+pub fn wide(x: &Tensor) -> Vec<f64> {
+    let mut values = vec![0f32; x.elements()];
+    super::kernels::widen(x, 0, &mut values).unwrap();
+    values.into_iter().map(f64::from).collect()
+}
+
+/// Panics unless `actual` has the shape and, to within `tolerance` of the largest, the numbers.
+pub fn close(actual: &Tensor, dims: &[usize], expected: &[f64], tolerance: f64) {
+    assert_eq!(actual.dims(), dims);
+    let scale = expected.iter().fold(1f64, |m, v| m.max(v.abs()));
+    for (i, (&a, &e)) in actual.slice::<f32>().unwrap().iter().zip(expected).enumerate() {
+        assert!((f64::from(a) - e).abs() <= tolerance * scale, "element {i}: {a}, expected {e}");
+    }
+}
+
+/// The result of `op`, after checking that 1, 2 and 5 threads give the same bits.
+pub fn on_threads(op: impl Fn(&Context) -> Result<Tensor>) -> Tensor {
+    let mut results =
+        [1, 2, 5].map(|threads| op(&Context::new(&Device::cpu(threads).unwrap())).unwrap()).to_vec();
+    let first = results.remove(0);
+    for other in results {
+        assert_eq!(first.dims(), other.dims());
+        assert!(first.bytes() == other.bytes(), "the bits depend on the thread count");
+    }
+    first
+}
+
+/// [`on_threads`] for an op over a batch, after checking that each sample alone gives the same bits.
+pub fn on_batch(x: &Tensor, op: impl Fn(&Context, &Tensor, usize, usize) -> Result<Tensor>) -> Tensor {
+    let samples = x.dims()[0];
+    let whole = on_threads(|cx| op(cx, x, 0, samples));
+    for n in 0..samples {
+        let alone = op(&cx(), &x.narrow(n, 1).unwrap(), n, 1).unwrap();
+        assert!(alone.bytes() == whole.narrow(n, 1).unwrap().bytes(), "the bits depend on the batch");
+    }
+    whole
+}
