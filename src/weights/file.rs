@@ -99,7 +99,7 @@ impl WeightFile {
             Error::format(self.place(name), "elements of type F32, F16, BF16, I64 or U8", self.found(info))
         })?;
         let offset = self.data_start + info.data_offsets.0;
-        let misaligned = (self.map.as_ptr() as usize + offset) % dtype.size() != 0;
+        let misaligned = !(self.map.as_ptr() as usize + offset).is_multiple_of(dtype.size());
         let tensor = if misaligned {
             copied(&self.map[offset..self.data_start + info.data_offsets.1], &info.shape, dtype)
         } else {

@@ -62,7 +62,7 @@ impl EncoderBlock {
             out_channels: fields.count("out_channels", None, 1..=WIDTH_MAX)?,
             layers: fields.count("layers", None, 1..=DEPTH_MAX)?,
         };
-        if block.kernel % 2 == 0 {
+        if block.kernel.is_multiple_of(2) {
             return Err(fields.error("kernel", "an odd number"));
         }
         if block.in_channels != in_channels {
@@ -206,7 +206,7 @@ impl TextEncoderConfig {
             eos_token_id: id("eos_token_id", 49_407)?,
             pad_token_id: id("pad_token_id", 1)?,
         };
-        if config.hidden_size % config.num_attention_heads != 0 {
+        if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             let expected = format!("a divisor of hidden_size, {}", config.hidden_size);
             return Err(fields.clash("num_attention_heads", expected, config.num_attention_heads));
         }

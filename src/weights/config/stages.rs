@@ -55,7 +55,7 @@ impl StageAConfig {
             scale_factor: fields.number("scale_factor", 0.3764, 1e-6..=1e6)? as f32,
         };
         let halvings = 1 << (config.levels - 1);
-        if config.c_hidden % halvings != 0 {
+        if !config.c_hidden.is_multiple_of(halvings) {
             let expected = format!("a multiple of {halvings} (2 to the power of levels - 1)");
             return Err(fields.clash("c_hidden", expected, config.c_hidden));
         }
@@ -166,7 +166,7 @@ impl StageBConfig {
             let width = self.c_hidden[level];
             let expected = format!("a divisor of {width}, the width of level {level}, which has attention");
             match self.nhead[level] {
-                Some(heads) if width % heads == 0 => {}
+                Some(heads) if width.is_multiple_of(heads) => {}
                 heads => return Err(fields.clash("nhead", expected, heads.map_or(-1, |n| n as i64))),
             }
         }
@@ -235,7 +235,7 @@ impl StageCConfig {
                 .map_err(|_| fields.error("latent_size", "two numbers"))?,
             dropout: fields.number("dropout", 0.1, 0.0..=1.0)? as f32,
         };
-        if config.c % config.nhead != 0 {
+        if !config.c.is_multiple_of(config.nhead) {
             return Err(fields.clash("nhead", format!("a divisor of c, {}", config.c), config.nhead));
         }
         Ok(config)
