@@ -3,6 +3,7 @@
 pub mod device;
 pub mod diffusion;
 mod error;
+mod files;
 pub mod image;
 pub mod nn;
 pub mod ops;

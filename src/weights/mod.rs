@@ -1,1 +1,11 @@
-//! weights
+//! Weights and configurations from files: safetensors, mapped and never copied, and the model folder.
+//!
+//! The only code that knows the names and axis orders of checkpoints.
+
+mod archive;
+pub mod config;
+mod file;
+pub mod names;
+
+pub use archive::{STEMS, Weights};
+pub use file::WeightFile;
