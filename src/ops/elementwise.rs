@@ -66,7 +66,7 @@ pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// `InvalidArgument` if `x` is not `F32`.
 pub fn activate(cx: &Context, x: Tensor, activation: Activation) -> Result<Tensor> {
-    kernels::in_place(cx, "activation", x, CHUNK, |_, part| activation::apply_to(part, activation))
+    kernels::in_place(cx, "activation", x, CHUNK, |_, part| activation::apply(part, activation))
 }
 
 /// Squeeze and excitation: `x[n, .., c] * s[n, c]`.
@@ -100,6 +100,46 @@ pub fn affine_channels(cx: &Context, x: Tensor, scale: &Tensor, shift: &Tensor) 
     rows.apply(cx, x, |row, n| {
         let first = if per_sample { n * rows.channels } else { 0 };
         affine_slice(row, &scale[first..][..rows.channels], &shift[first..][..rows.channels]);
+    })
+}
+
+/// `x[n, .., c] * (1 + a[n, c]) + b[n, c]`: what a TimestepBlock does.
+///
+/// # Shapes
+/// `x` `[N, .., C]`; `modulation` `F32 [N or 1, 2 C]`, a then b.
+///
+/// # Errors
+/// `InvalidArgument` if shapes do not fit.
+pub fn modulate(cx: &Context, x: Tensor, modulation: &Tensor) -> Result<Tensor> {
+    let rows = Rows::of(&x)?;
+    let channels = rows.channels;
+    let entries = modulation.shape().rows();
+    if modulation.shape().channels() != 2 * channels || (entries != 1 && entries != rows.samples) {
+        let expected = format!("[{} or 1, {}]", rows.samples, 2 * channels);
+        return Err(Error::argument("modulation", expected, modulation.shape()));
+    }
+    let values = modulation.slice::<f32>()?;
+    rows.apply(cx, x, |row, n| {
+        let (a, b) = values[n.min(entries - 1) * 2 * channels..][..2 * channels].split_at(channels);
+        crate::ops::linear::modulate(row, a, b);
+    })
+}
+
+/// `x[n, t, c] + rows[t, c]`: position embeddings.
+///
+/// # Shapes
+/// `x` `[N, T, C]`; `rows` `[T, C]` of any float type.
+///
+/// # Errors
+/// `InvalidArgument` if shapes do not fit.
+pub fn add_rows(cx: &Context, x: Tensor, rows: &Tensor) -> Result<Tensor> {
+    if x.dims().get(1..) != Some(rows.dims()) {
+        return Err(Error::argument("added rows", format!("[T, C] of {}", x.shape()), rows.shape()));
+    }
+    let table = kernels::widened(cx, "added rows", rows)?;
+    let table = table.slice::<f32>()?;
+    kernels::in_place(cx, "added rows", x, table.len(), |_, part| {
+        part.iter_mut().zip(table).for_each(|(v, row)| *v += row);
     })
 }
 

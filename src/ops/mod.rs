@@ -1,6 +1,8 @@
 //! The numerical operations: one folder per op with its definition, checks and tests, and its kernel beside it.
 
 pub mod activation;
+pub mod attention;
+pub mod batch;
 #[cfg(test)]
 pub(crate) mod check;
 pub mod conv2d;
@@ -10,9 +12,11 @@ pub mod elementwise;
 pub mod embedding;
 pub(crate) mod kernels;
 pub mod layer_norm;
+pub mod linear;
+pub mod noise_head;
 pub mod pixel_shuffle;
 pub mod pool;
-pub(crate) mod product;
 pub mod response_norm;
 pub mod token_choice;
 pub mod vector_quantize;
+pub mod widen;

@@ -418,7 +418,7 @@ impl Blocks {
                     block.forward(cx, &x, &attended, modulation)?
                 }
                 Body::Identity => match modulation {
-                    Some(modulation) => modulate(cx, &x, modulation)?,
+                    Some(modulation) => modulate(cx, x, modulation)?,
                     None => x,
                 },
             };
@@ -460,7 +460,7 @@ pub fn attend<'a>(
     condition: &Tensor,
 ) -> Result<Attended> {
     let [entries, _, _] = condition.dims_of("conditioning")?;
-    let activated = activate(cx, condition, Activation::Silu)?;
+    let activated = activate(cx, condition.clone(), Activation::Silu)?;
     let keys_and_values = runs
         .flat_map(Blocks::attentions)
         .map(|block| block.keys_and_values(cx, &activated))

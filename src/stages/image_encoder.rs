@@ -6,9 +6,9 @@ use crate::error::Result;
 use crate::nn::{BatchNorm, ChannelAffine, Linear, Params};
 use crate::ops::conv2d::{Conv2d, conv2d};
 use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
-use crate::ops::elementwise::{add, affine, scale_channels};
+use crate::ops::elementwise::{add, scale_channels};
 use crate::ops::linear::{Activation, Epilogue};
-use crate::ops::pool::mean_pixels;
+use crate::ops::pool::pool;
 use crate::tensor::Tensor;
 
 /// BatchNorm of the head; the backbone's eps is in the config.
@@ -114,8 +114,8 @@ impl ConvNorm {
             ..Epilogue::default()
         };
         let [_, _, kernel, _] = self.weight.dims_of("convolution weight")?;
-        let conv = Conv2d { weight: &self.weight, stride: self.stride, padding: (kernel - 1) / 2 };
-        conv2d(cx, x, &conv, &then)
+        let padding = (kernel - 1) / 2;
+        conv2d(cx, x, &Conv2d { weight: &self.weight, stride: self.stride, padding, epilogue: then })
     }
 }
 
@@ -161,9 +161,9 @@ impl Depthwise {
         };
         let mixed = depthwise_conv(cx, x, None, &conv)?;
         let act = |activation| Epilogue { activation, ..Epilogue::default() };
-        let squeezed = self.squeeze.forward_then(cx, &mean_pixels(cx, &mixed)?, act(Activation::Silu))?;
+        let squeezed = self.squeeze.forward_then(cx, &pool(cx, &mixed)?, act(Activation::Silu))?;
         let gates = self.excite.forward_then(cx, &squeezed, act(Activation::Sigmoid))?;
-        scale_channels(cx, &mixed, &gates)
+        scale_channels(cx, mixed, &gates)
     }
 }
 
@@ -271,9 +271,10 @@ impl ImageEncoder {
     /// As [`ImageEncoder::features`].
     pub fn forward(&self, cx: &Context, pixels: &Tensor) -> Result<Tensor> {
         let features = self.features(cx, pixels)?;
-        let ChannelAffine { scale, shift } = self.head_norm.affine(cx)?;
-        let head = self.head.forward_scaled(cx, &features, &scale, &shift, Activation::None)?;
+        let ChannelAffine { mut scale, mut shift } = self.head_norm.affine(cx)?;
         let (add, div) = (self.config.output_add, self.config.output_div);
-        affine(cx, &head, add, div)
+        scale.slice_mut::<f32>()?.iter_mut().for_each(|scale| *scale /= div);
+        shift.slice_mut::<f32>()?.iter_mut().for_each(|shift| *shift = (*shift + add) / div);
+        self.head.forward_scaled(cx, &features, &scale, &shift, Activation::None)
     }
 }

@@ -130,12 +130,14 @@ impl Layer {
         match self {
             Layer::Block(block) => block.forward(cx, x),
             Layer::Down { weight, bias } => {
-                let conv = Conv2d { weight, stride: RESAMPLE_STRIDE, padding: RESAMPLE_PADDING };
-                conv2d(cx, &x, &conv, &Epilogue { bias: Some(bias), ..Epilogue::default() })
+                let epilogue = Epilogue { bias: Some(bias), ..Epilogue::default() };
+                let (stride, padding) = (RESAMPLE_STRIDE, RESAMPLE_PADDING);
+                conv2d(cx, &x, &Conv2d { weight, stride, padding, epilogue })
             }
             Layer::Up { weight, bias } => {
-                let conv = ConvTranspose2d { weight, stride: RESAMPLE_STRIDE, padding: RESAMPLE_PADDING };
-                conv_transpose2d(cx, &x, &conv, &Epilogue { bias: Some(bias), ..Epilogue::default() })
+                let (stride, padding) = (RESAMPLE_STRIDE, RESAMPLE_PADDING);
+                let conv = ConvTranspose2d { weight, bias: Some(bias), stride, padding };
+                conv_transpose2d(cx, &x, &conv)
             }
         }
     }

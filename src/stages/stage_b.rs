@@ -10,7 +10,8 @@ use crate::nn::{Linear, Params};
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Epilogue, linear_transposed};
 use crate::ops::pixel_shuffle::{pixel_shuffle, pixel_unshuffle};
-use crate::tensor::Tensor;
+use crate::ops::widen::widen;
+use crate::tensor::{DType, Tensor};
 
 /// Between two levels of the U-Net the grid shrinks by this factor.
 const LEVEL_STRIDE: usize = 2;
@@ -113,25 +114,30 @@ struct Upsample {
     /// `[inputs, outputs * stride^2]`: the checkpoint's own order, as it is the pixel shuffle's.
     weight: Tensor,
     bias: Tensor,
-    outputs: usize,
 }
 
 impl Upsample {
     fn load(p: &Params, inputs: usize, outputs: usize) -> Result<Self> {
         let weight = p.tensor("weight", &[inputs, outputs, LEVEL_STRIDE, LEVEL_STRIDE])?;
         let weight = weight.reshape(&[inputs, outputs * LEVEL_STRIDE * LEVEL_STRIDE])?;
-        Ok(Upsample { weight, bias: p.tensor("bias", &[outputs])?, outputs })
+        Ok(Upsample { weight, bias: p.tensor("bias", &[outputs])? })
     }
 
     fn forward(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
-        let spread = linear_transposed(cx, x, &self.weight, &Epilogue::default())?;
-        let mut grown = pixel_shuffle(cx, &spread, LEVEL_STRIDE)?;
-        drop(spread);
-        let bias = crate::ops::widen::widen(cx, &self.bias)?;
-        crate::ops::elementwise::add_channels(cx, &mut grown, &bias)?;
-        debug_assert_eq!(grown.shape().channels(), self.outputs);
-        Ok(grown)
+        // Each output channel is spread over a patch: so is its bias.
+        let bias = repeat_each(cx, &widen(cx, &self.bias)?, LEVEL_STRIDE * LEVEL_STRIDE)?;
+        let then = Epilogue { bias: Some(&bias), ..Epilogue::default() };
+        pixel_shuffle(cx, &linear_transposed(cx, x, &self.weight, &then)?, LEVEL_STRIDE)
     }
+}
+
+/// Each element `times` times in a row.
+fn repeat_each(cx: &Context, x: &Tensor, times: usize) -> Result<Tensor> {
+    let mut repeated = Tensor::new(cx, "a repeated bias", &[x.elements() * times], DType::F32)?;
+    for (out, x) in repeated.slice_mut::<f32>()?.chunks_exact_mut(times).zip(x.slice::<f32>()?) {
+        out.fill(*x);
+    }
+    Ok(repeated)
 }
 
 /// A convolution whose kernel is its stride: a pixel unshuffle, whose channel order is the checkpoint's own,

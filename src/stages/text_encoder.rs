@@ -139,7 +139,7 @@ impl TextEncoder {
         }
         let mask = lengths.map_or(Mask::Causal, Mask::CausalWithLengths);
         let mut x = embedding(cx, ids, &self.tokens)?;
-        add_rows(cx, &mut x, &self.positions.narrow(0, length)?)?;
+        x = add_rows(cx, x, &self.positions.narrow(0, length)?)?;
         for layer in self.layers.iter().take(layers) {
             x = layer.forward(cx, &x, &self.config, mask)?;
         }

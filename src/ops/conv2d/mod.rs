@@ -5,8 +5,9 @@ mod cpu;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
-pub use crate::ops::product::Epilogue;
-use crate::ops::product::product;
+use crate::device::gemm::Layout;
+pub use crate::ops::linear::Epilogue;
+use crate::ops::linear::{Rows, product};
 use crate::tensor::{DType, Tensor};
 
 /// Numbers of gathered patches that are held at a time: 4 MiB.
@@ -39,10 +40,12 @@ pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
     if let Some(residual) = p.epilogue.residual.filter(|r| r.dims() != dims) {
         return Err(Error::argument("conv2d residual", format!("{dims:?}"), residual.shape()));
     }
+    let per_sample = sizes.out_height * sizes.out_width;
     let input = x.slice::<f32>()?;
     let mut out = Tensor::new(cx, "convolution", &dims, DType::F32)?;
     if sizes.is_pointwise() {
-        product(cx, input, p.weight, &p.epilogue, 0, out.slice_mut()?)?;
+        let rows = Rows { values: input, channels: sizes.inputs, per_sample };
+        product(cx, &rows, p.weight, Layout::RowsAreOutputs, &p.epilogue, 0, out.slice_mut()?)?;
         return Ok(out);
     }
     let weight = reorder(cx, p.weight)?;
@@ -57,7 +60,8 @@ pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
         kernels::parallel_chunks(cx, patches, rows * inner, |task, part| {
             cpu::gather(&sizes, input, first + task * rows, part);
         })?;
-        product(cx, patches, &weight, &p.epilogue, first, out)?;
+        let rows = Rows { values: patches, channels: inner, per_sample };
+        product(cx, &rows, &weight, Layout::RowsAreOutputs, &p.epilogue, first, out)?;
     }
     Ok(out)
 }

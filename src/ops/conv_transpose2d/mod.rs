@@ -6,7 +6,8 @@ mod cpu;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
-use crate::ops::product::{Epilogue, product};
+use crate::device::gemm::Layout;
+use crate::ops::linear::{Epilogue, Rows, product};
 use crate::tensor::{DType, Tensor};
 
 /// Numbers that are held at a time: 4 MiB.
@@ -77,7 +78,8 @@ fn one_phase(
         cpu::gather(sizes, at, input, row, part);
     })?;
     let epilogue = Epilogue { bias, ..Epilogue::default() };
-    product(cx, patches.slice()?, weight, &epilogue, 0, pixels.slice_mut()?)?;
+    let rows = Rows { values: patches.slice()?, channels: inner, per_sample: count };
+    product(cx, &rows, weight, Layout::RowsAreOutputs, &epilogue, 0, pixels.slice_mut()?)?;
     let pixels = pixels.slice::<f32>()?;
     kernels::parallel_chunks(cx, band, sizes.out_width * sizes.outputs, |line, part| {
         if line % sizes.stride == at.first[0] {

@@ -231,7 +231,7 @@ fn finish<const FMA: bool>(job: &Job, pixel: usize, out: &mut [f32]) {
                 for (v, (scale, shift)) in out.iter_mut().zip(scale.iter().zip(shift)) {
                     *v = mul_add::<FMA>(*v, *scale, *shift);
                 }
-                activation::apply::<FMA>(out, activation);
+                activation::apply(out, activation);
             }
         }
     }

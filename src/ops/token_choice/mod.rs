@@ -7,7 +7,8 @@ mod tests;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::ops::product::{Epilogue, product};
+use crate::device::gemm::Layout;
+use crate::ops::linear::{Epilogue, Rows, product};
 use crate::ops::vector_quantize::Codes;
 use crate::tensor::{DType, Tensor};
 
@@ -109,5 +110,10 @@ fn check(choice: &TokenChoice, rows: usize, classes: usize, temperature: f32) ->
 
 /// `features W^T`.
 fn fill_logits(cx: &Context, features: &Tensor, weight: &Tensor, logits: &mut [f32]) -> Result<()> {
-    product(cx, features.slice()?, weight, &Epilogue::default(), 0, logits)
+    let rows = Rows {
+        values: features.slice()?,
+        channels: features.shape().channels(),
+        per_sample: features.shape().rows(),
+    };
+    product(cx, &rows, weight, Layout::RowsAreOutputs, &Epilogue::default(), 0, logits)
 }
