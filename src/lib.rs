@@ -7,6 +7,7 @@ mod files;
 pub mod image;
 pub mod nn;
 pub mod ops;
+pub mod pipeline;
 pub mod stages;
 pub mod tensor;
 pub mod text;
@@ -15,4 +16,7 @@ pub mod weights;
 pub use device::{CancelToken, Context, Device};
 pub use error::{Error, Result};
 pub use image::Image;
+pub use pipeline::{
+    Choice, GenerateOptions, Job, LogLevel, Model, ModelInfo, ModelOptions, Progress, Residency, Sampler, Stage,
+};
 pub use tensor::{DType, Tensor};

@@ -102,11 +102,11 @@ impl TokenSampling {
             let choice = if step >= self.quant_from { Choice::Quant } else { self.choice };
             let asked =
                 TokenStep { step, guidance: guidance[step], temperature: temperature[step], choice };
-            let uniforms = match choice {
+            let drawn = match choice {
                 Choice::Multinomial => Some(uniforms(cx, start.dims(), noise, Draw::TokenChoice, step)?),
                 Choice::Argmax | Choice::Quant => None,
             };
-            tokens = choose(&tokens, asked, uniforms.as_ref())?;
+            tokens = choose(&tokens, asked, drawn.as_ref())?;
             after_step(step + 1, &tokens)?;
             if step < self.renoise_steps && step + 1 < times.len() {
                 let uniforms = uniforms(cx, start.dims(), noise, Draw::TokenRenoise, step)?;

@@ -1,11 +1,13 @@
 //! Pictures in memory: RGB, 8 bits per channel, rows top to bottom. Their files, and their way into the networks.
 
+mod compose;
 mod files;
 mod preprocess;
 mod resize;
 
 use std::sync::Arc;
 
+pub use compose::{from_pixels, to_mask, to_pixels};
 pub use preprocess::{Fit, Normalisation, preprocess, to_image};
 pub use resize::{Corners, Filter, resize};
 

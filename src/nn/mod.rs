@@ -1,5 +1,11 @@
 //! Layers with weights, built only from ops. What they load their weights through is defined here.
 
+mod linear;
+mod norm;
+
+pub use linear::Linear;
+pub use norm::{BatchNorm, ChannelAffine, LayerNorm};
+
 use crate::error::Result;
 use crate::tensor::Tensor;
 

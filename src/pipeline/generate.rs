@@ -11,7 +11,7 @@ use super::sampling::{LatentWalk, TokenWalk};
 use crate::device::{CancelToken, Context};
 use crate::diffusion::noise::SeededNoise;
 use crate::error::{Error, Result};
-use crate::image::{Image, preprocess, to_image};
+use crate::image::{Image, from_pixels};
 use crate::ops::batch::concat;
 use crate::tensor::Tensor;
 use crate::weights::Weights;
@@ -175,12 +175,12 @@ impl Run<'_> {
         let inner = &self.model.inner;
         let pixels = inner.stage_a.network.decode_tokens(&self.cx, tokens)?;
         self.check_finite(&pixels, "Stage A", &inner.stage_a.weights)?;
-        let image = to_image(&pixels)?;
+        let image = from_pixels(&pixels)?;
         match (&self.options.init_image, &self.options.mask) {
             (Some((original, _)), Some(mask)) => {
                 let (width, height) = (image.width(), image.height());
-                let original = preprocess::resize_image(&self.cx, original, width, height)?;
-                let mask = preprocess::resize_image(&self.cx, mask, width, height)?;
+                let original = original.resized(&self.cx, width, height)?;
+                let mask = mask.resized(&self.cx, width, height)?;
                 image.over(&original, &mask)
             }
             _ => Ok(image),
@@ -218,7 +218,7 @@ impl Run<'_> {
             return Ok(None);
         }
         let pixels = self.model.inner.stage_a.network.decode_tokens(&self.cx, &tokens.narrow(0, 1)?)?;
-        to_image(&pixels).map(Some)
+        from_pixels(&pixels).map(Some)
     }
 
     fn check_finite(&self, x: &Tensor, stage: &str, weights: &Weights) -> Result<()> {

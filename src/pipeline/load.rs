@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::image::Normalisation;
 use crate::nn::Params;
 use crate::ops::activation::Activation;
 use crate::stages::image_encoder::{BlockKind, ImageEncoder, ImageEncoderConfig, StageConfig};
@@ -10,7 +11,7 @@ use crate::stages::stage_a::{StageA, StageAConfig};
 use crate::stages::stage_b::{LevelConfig, StageB, StageBConfig};
 use crate::stages::stage_c::{StageC, StageCConfig};
 use crate::stages::text_encoder::{TextEncoder, TextEncoderConfig};
-use crate::text::Tokenizer;
+use crate::text::{SpecialIds, Tokenizer};
 use crate::weights::config::{self, EncoderBlockKind, HiddenAct};
 use crate::weights::{Renamed, Weights, v1};
 
@@ -38,10 +39,8 @@ pub(super) struct TextPart {
 pub struct ImagePart {
     /// The network.
     pub encoder: Part<ImageEncoder>,
-    /// Subtracted from each colour, in 0..1.
-    pub mean: [f32; 3],
-    /// What each colour is divided by.
-    pub std: [f32; 3],
+    /// How the colours of its input are normalised.
+    pub normalisation: Normalisation,
 }
 
 /// File stems under which weights are looked for.
@@ -61,7 +60,9 @@ pub(super) fn text(root: &Path, index: &config::ModelIndex) -> Result<TextPart> 
         return Err(Error::format(place, format!("at most {max_length}"), length));
     }
     let read = config::TextEncoderConfig::read(&root.join("text_encoder"))?;
-    let tokenizer = Tokenizer::open(&root.join("tokenizer"), &read)?;
+    let id = |id: usize| u32::try_from(id).ok();
+    let ids = SpecialIds { bos: id(read.bos_token_id), eos: id(read.eos_token_id), pad: id(read.pad_token_id) };
+    let tokenizer = Tokenizer::open_with(&root.join("tokenizer"), ids)?;
     Ok(TextPart { tower, tokenizer, length, mask_padding: index.text_attention_mask })
 }
 
@@ -178,6 +179,7 @@ pub fn stage_c(folder: &Path) -> Result<Part<StageC>> {
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
     let read = config::ImageEncoderConfig::read(folder)?;
+    let normalisation = Normalisation { mean: read.mean, std: read.std };
     let sizes = image_encoder_sizes(&read);
     let kinds: Vec<_> = sizes
         .stages
@@ -188,7 +190,7 @@ pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
     let source = Renamed::new(&weights, |name| v1::image_encoder(name, &kinds));
     let network = ImageEncoder::load(&Params::new(&source), sizes)?;
     drop(source);
-    Ok(ImagePart { encoder: Part { network, weights }, mean: read.mean, std: read.std })
+    Ok(ImagePart { encoder: Part { network, weights }, normalisation })
 }
 
 fn image_encoder_sizes(read: &config::ImageEncoderConfig) -> ImageEncoderConfig {

@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Model;
-use crate::device::CancelToken;
 pub use crate::diffusion::latents::Sampler;
-use crate::diffusion::latents::check_times;
 pub use crate::diffusion::tokens::Choice;
 use crate::error::{Error, Result};
 use crate::image::Image;

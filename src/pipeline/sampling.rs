@@ -10,7 +10,7 @@ use crate::diffusion::noise::{Draw, NoiseSource};
 use crate::diffusion::schedule::{CosineSchedule, linspace};
 use crate::diffusion::tokens::{Choice, TokenSampling, TokenStep};
 use crate::error::{Error, Result};
-use crate::image::preprocess;
+use crate::image::to_mask;
 use crate::ops::batch::concat;
 use crate::ops::token_choice::{TokenChoice, choose_tokens};
 use crate::stages::blocks::{Conditioning, Modulations};
@@ -41,14 +41,14 @@ impl<'a> LatentWalk<'a> {
     ) -> Result<Self> {
         let start = match &options.init_image {
             Some((image, _)) => {
-                let image = preprocess::resize_image(cx, image, options.width, options.height)?;
+                let image = image.resized(cx, options.width, options.height)?;
                 Some(model.encode_pictures(cx, &[&image])?)
             }
             None => None,
         };
         let kept = match (&options.mask, &start) {
             (Some(mask), Some(latents)) => {
-                let mask = preprocess::mask(cx, mask, grid.0, grid.1)?;
+                let mask = to_mask(cx, mask, grid.0, grid.1)?;
                 Some(Kept { latents: latents.clone(), mask })
             }
             _ => None,

@@ -10,12 +10,10 @@ use crate::device::Context;
 use crate::device::threads::run_apart;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
 use crate::error::{Error, Result};
-use crate::image::{Image, preprocess};
+use crate::image::{Fit, Image, preprocess, to_pixels};
 use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
 
-/// Guidance with this weight needs no unconditional text.
-const NO_GUIDANCE: f32 = 1.0;
 
 impl Model {
     fn context(&self) -> Context {
@@ -92,7 +90,8 @@ impl Model {
         let part = self.image_encoder()?;
         let (width, height) = common_size(images)?;
         let (height, width) = self.encoder_size(width, height);
-        let pixels = preprocess::normalized(cx, images, (height, width), part.mean, part.std)?;
+        let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
+        let pixels = preprocess(cx, &images, [height, width], Fit::Stretch, &part.normalisation)?;
         let latents = part.encoder.network.forward(cx, &pixels)?;
         super::sampling::check_finite(&latents, "image encoder", &part.encoder.weights)?;
         Ok(latents)
@@ -110,7 +109,7 @@ impl Model {
         self.apart(|| {
             let cx = self.context();
             let network = &self.inner.stage_a.network;
-            let encoded = network.encode(&cx, &preprocess::pixels(&cx, images)?)?;
+            let encoded = network.encode(&cx, &to_pixels(&cx, images)?)?;
             super::sampling::check_finite(&encoded, "Stage A", &self.inner.stage_a.weights)?;
             network.quantize(&cx, &encoded)
         })

@@ -5,7 +5,9 @@
 mod archive;
 pub mod config;
 mod file;
-pub mod names;
+mod names;
+pub mod v1;
 
 pub use archive::{STEMS, Weights};
 pub use file::WeightFile;
+pub use names::Renamed;

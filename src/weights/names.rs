@@ -1,4 +1,4 @@
-//! From the structural names that layers ask for to the keys of checkpoints, one table per part.
+//! Weights under the structural names that layers ask for.
 
 use super::Weights;
 use crate::error::Result;
@@ -27,22 +27,3 @@ impl Source for Renamed<'_> {
         self.weights.has(&(self.rename)(name))
     }
 }
-
-/// A CLIP text encoder. Structural names are transformers 5's: `embeddings.token_embedding.weight`,
-/// `encoder.layers.0.self_attn.q_proj.weight`, `final_layer_norm.weight`.
-///
-/// Earlier checkpoints, and all with a projection, put `text_model.` before them (but not before
-/// `text_projection.weight`).
-pub fn text_encoder(weights: &Weights) -> Renamed<'_> {
-    const PREFIX: &str = "text_model.";
-    let prefixed = weights.has(&format!("{PREFIX}embeddings.token_embedding.weight"));
-    Renamed::new(weights, move |name| {
-        if prefixed && !name.starts_with("text_projection.") {
-            format!("{PREFIX}{name}")
-        } else {
-            name.to_owned()
-        }
-    })
-}
-
-// The tables of the other parts belong here: stage_a, stage_b, stage_c, image_encoder.
