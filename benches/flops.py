@@ -88,7 +88,9 @@ def stage_b(s):
         if i < levels - 1:
             total += 2 * sites * c["kernel_size"] ** 2 * w  # the skip half of the first up block
             total += 2 * linear(side[i + 1] ** 2, 4 * w, widths[i + 1])  # down and up convolution
-    total += linear(side[0] ** 2, c["c_in"] * patch**2, widths[0]) + linear(side[0] ** 2, widths[0], c["c_out"] * patch**2)
+    total += linear(side[0] ** 2, c["c_in"] * patch**2, widths[0]) + linear(
+        side[0] ** 2, widths[0], c["c_out"] * patch**2
+    )
     total += linear(s.tokens**2, c["c_out"], c["num_labels"])
     return BATCH * (total + invariant), BATCH * invariant
 

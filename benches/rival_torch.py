@@ -5,7 +5,7 @@
 
     text   the text tower on two prompts
     c      one Stage C step of one picture: the network on the conditional and unconditional half, guidance, DDPM update
-    b      one Stage B step of one picture: both halves to logits, guidance, temperature, softmax, multinomial, renoising
+    b      one Stage B step of one picture: both halves to logits, guidance, softmax, multinomial, renoising
     a      tokens of one picture to pixels
 
 One warm-up, then `--repeats` timed passes. Prints one line of JSON. The networks are `tests/reference/torch_v1.py`.
@@ -107,12 +107,13 @@ def main():
     reset_peak()
 
     step = step_of(args.part, network, Sizes(args.model), torch)
-    seconds = []
+    seconds, cpu_seconds = [], []
     with torch.inference_mode():
         for _ in range(1 + args.repeats):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             result = step()
             seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
     if not torch.isfinite(result).all():
         sys.exit(f"part {args.part}: the result is not finite")
 
@@ -122,6 +123,7 @@ def main():
         json.dumps({
             "who": "torch", "part": args.part, "threads": args.threads, "repeats": args.repeats,
             "median_s": statistics.median(timed), "min_s": min(timed), "seconds": timed, "warm_up_s": seconds[0],
+            "cpu_seconds": cpu_seconds[1:],
             "gflop": flop, "gflop_per_s": flop / min(timed), "load_s": load_s,
             "rss_loaded_mib": load_memory["now"], "rss_peak_loading_mib": load_memory["peak"],
             "rss_peak_mib": memory_mib()["peak"], "torch": torch.__version__,

@@ -67,12 +67,15 @@ def child_seconds():
 
 
 def run(command):
-    """Runs a process that prints a line of JSON last; adds `other_load`, the cores that others used meanwhile."""
+    """Runs a process that prints a line of JSON last; adds wall time and core-seconds of others."""
     start, machine, child = time.monotonic(), machine_seconds(), child_seconds()
-    output = subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(
+        list(map(str, command)), cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     wall = time.monotonic() - start
     report = json.loads(output.splitlines()[-1])
-    report["other_load"] = max(0.0, (machine_seconds() - machine - (child_seconds() - child)) / wall)
+    report["wall_s"] = wall
+    report["others_s"] = machine_seconds() - machine - (child_seconds() - child)
     return report
 
 
@@ -102,7 +105,9 @@ class Row:
         return max(report["rss_peak_mib"] for report in self.reports[who])
 
     def other_load(self):
-        return max(report["other_load"] for reports in self.reports.values() for report in reports)
+        """Cores that other processes used on average."""
+        reports = [report for reports in self.reports.values() for report in reports]
+        return max(0.0, sum(r["others_s"] for r in reports) / sum(r["wall_s"] for r in reports))
 
 
 def measure(args, stages):
@@ -125,8 +130,8 @@ def table(rows, model):
 
     counts = gflop(model)
     lines = [
-        "| part | threads | ours: median (min), s | PyTorch: median (min), s | ours / PyTorch | ours, GFLOP/s | PyTorch, GFLOP/s "
-        "| ours: peak, MiB | PyTorch: peak, MiB | other load, cores |",
+        "| part | threads | ours: median (min), s | PyTorch: median (min), s | ours / PyTorch "
+        "| ours, GFLOP/s | PyTorch, GFLOP/s | ours: peak, MiB | PyTorch: peak, MiB | other load, cores |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -152,7 +157,7 @@ def memory_section(args, stages):
         + (f"; reading the tokenizer alone {tokenizer * 1e3:.1f} ms" if tokenizer else "")
         + f"); resident after it {opened['rss_after_mib']:.0f} MiB, of it {opened['anonymous_after_mib']:.0f} MiB not "
         f"mapped from files; weights on disk {opened['weights_on_disk_mib']:.0f} MiB",
-        f"- a picture ({made['stage_c_steps']} Stage C steps, {made['stage_b_steps']} Stage B steps, {threads} threads): "
+        f"- a picture ({made['stage_c_steps']} Stage C and {made['stage_b_steps']} Stage B steps, {threads} threads): "
         f"peak resident {made['rss_peak_mib']:.0f} MiB, {made['anonymous_after_mib']:.0f} MiB not mapped from files",
         f"- allocations of the second picture: {second['allocations']} of {second['bytes']} bytes in all; of at least "
         f"4 KiB: {second['large']}, of them outputs {second['large_outputs']}"
@@ -174,7 +179,9 @@ def cpu():
     facts = dict(
         map(str.strip, line.split(":", 1)) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     )
-    name = f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    name = (
+        f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    )
     flags = [flag for flag in facts.get("flags", "").split() if re.match("avx|fma|amx", flag)]
     return name, flags
 
@@ -188,19 +195,24 @@ def record(args, rows, memory, peak):
     rival = rows[0].reports["torch"][0]
     changed = " with uncommitted changes" if first_line("git", "status", "--porcelain", "-uno") else ""
     load = max(row.other_load() for row in rows)
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     lines = [
         f"# {datetime.date.today()}, {name}",
         "",
-        f"- machine: {name}, {os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 30} GiB; "
+        f"- machine: {name}, {os.cpu_count()} cores, {memory_gib} GiB; "
         f"flags {' '.join(flags)}; {platform.system()} {platform.release()}",
         f"- ours: {first_line('git', 'rev-parse', '--short', 'HEAD')}{changed}, {first_line('rustc', '--version')}",
         f"- rival: eager PyTorch {rival['torch']} ({rival['instruction_set']}, oneDNN {rival['mkldnn']}), "
         f"Python {platform.python_version()}, networks of `tests/reference/torch_v1.py`",
-        f"- method: `benches/run.py`, float32, {args.rounds} rounds of {args.repeats} passes each after a warm-up, ours and "
-        "the rival in turn; GFLOP/s from the minimum, by the formulas of `benches/flops.py`; a step of ours does not "
+        f"- method: `benches/run.py`, float32, {args.rounds} rounds of {args.repeats} passes each after a warm-up, in "
+        "turn; GFLOP/s from the minimum, by the formulas of `benches/flops.py`; a step of ours does not "
         "repeat what stays the same between steps, and is credited only with what it does",
         *(f"- {line}" for line in peak),
-        *([f"- **other processes used up to {load:.1f} cores meanwhile: not a quiet machine**"] if load > BUSY_LIMIT else []),
+        *(
+            [f"- **other processes used up to {load:.1f} cores meanwhile: not a quiet machine**"]
+            if load > BUSY_LIMIT
+            else []
+        ),
         "",
         table(rows, args.model),
         "",

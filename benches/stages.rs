@@ -128,7 +128,11 @@ fn stage_c(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let t = Tensor::from_slice(&[BATCH], &[0.5f32; BATCH])?;
     let both = bench.text(&mut random, BATCH)?;
     let predict = repeat(1, || Ok(bench.model.stage_c_predict(&noised, &t, &both)?))?;
-    Ok(bench.report("c", &steps.steps, json!({ "setup_s": steps.setup(), "timed_by": steps.by, "predict_s": predict[1] })))
+    Ok(bench.report(
+        "c",
+        &steps.steps,
+        json!({ "setup_s": steps.setup(), "timed_by": steps.by, "predict_s": predict[1] }),
+    ))
 }
 
 fn stage_b(path: &Path, arguments: &Arguments) -> Outcome<Value> {
@@ -177,7 +181,12 @@ impl Bench {
     /// Random latents `[n, h, w, C]`.
     fn latents(&self, random: &mut Random, n: usize) -> Outcome<Tensor> {
         let info = self.model.info();
-        random.normal(&[n, info.latent_height as usize, info.latent_width as usize, info.latent_channels as usize])
+        random.normal(&[
+            n,
+            info.latent_height as usize,
+            info.latent_width as usize,
+            info.latent_channels as usize,
+        ])
     }
 
     /// `seconds`: the warm-up, then the timed passes.
@@ -344,6 +353,7 @@ fn generate(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let is_output = |bytes: usize| (output_bytes..=output_bytes + 64).contains(&bytes);
     let others: Vec<usize> = second.large.iter().copied().filter(|&bytes| !is_output(bytes)).collect();
     let outputs = second.large.len() - others.len();
+    let all_listed = second.large_count == second.large.len();
     if !same {
         return Err("the same seed gave two different pictures".into());
     }
@@ -366,7 +376,7 @@ fn generate(path: &Path, arguments: &Arguments) -> Outcome<Value> {
             "large_outputs": outputs,
             "large_others": others,
         },
-        "second_allocates_only_the_output": others.is_empty() && outputs == 1 && second.large_count == second.large.len(),
+        "second_allocates_only_the_output": others.is_empty() && outputs == 1 && all_listed,
     }))
 }
 

@@ -101,7 +101,13 @@ def check_stage_a(case):
     layers = {f"enc.{i}": layer for i, layer in enumerate(network.down_blocks)}
     outputs = record_outputs({"enc.in": network.in_block, "pre_scale_latents": network.down_blocks, **layers})
     quantised, latents, indices, loss = network.encode(case.input("image"))
-    for name, value in {"quantised": quantised, "latents": latents, "indices": indices, "loss": loss, **outputs}.items():
+    for name, value in {
+        "quantised": quantised,
+        "latents": latents,
+        "indices": indices,
+        "loss": loss,
+        **outputs,
+    }.items():
         case.check(name, value)
     case.check("decoded_quantised", network.decode(case.input("quantised")))
     case.check("decoded_latents", network.decode(case.input("latents")))

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes a v1 model folder of the paper's size with random weights: for benchmarks and for tests of size.
 
-    python3 tests/reference/make_full_size.py OUT_DIR [--dtype f32|f16|bf16] [--parts text,image,a,b,c] [--scale full|small]
+    python3 tests/reference/make_full_size.py OUT_DIR [--dtype f32|f16|bf16] [--parts text,image,a,b,c]
+                                                [--scale full|small]
 
 The networks and their names come from `torch_v1.py` at the paper's configuration; names and shapes are held to
 `tests/fixtures/shapes_full/`, which lists the published ones. Values are drawn so that activations stay of order one

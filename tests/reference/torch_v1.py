@@ -62,7 +62,7 @@ def channel_mlp(channels):
 
 
 class ResBlock(nn.Module):
-    """x + MLP(LayerNorm(depthwise(x))). A skip joins before the convolution, whose groups then see two channels each."""
+    """x + MLP(LayerNorm(depthwise(x))). A skip joins before the convolution: its groups then see two channels."""
 
     def __init__(self, channels, skip_channels=0, kernel=3):
         super().__init__()
