@@ -1,0 +1,33 @@
+package wuerstchen
+
+// #include <wuerstchen.h>
+import "C"
+
+// Device is something that a model can run on.
+type Device struct {
+	// Name is what WithDevice takes: "cpu", "cuda:0".
+	Name string
+	// Description is the name of the hardware.
+	Description string
+	// MemoryBytes is the size of its memory; 0 where that is not known.
+	MemoryBytes uint64
+}
+
+// Devices lists what models can run on. The first is always the CPU.
+func Devices() ([]Device, error) {
+	devices := make([]Device, C.wst_device_count())
+	for i := range devices {
+		var info C.wst_device_info_t
+		info.struct_size = C.uint32_t(C.sizeof_wst_device_info_t)
+		var cError *C.wst_error
+		if err := check(C.wst_device_info(C.size_t(i), &info, &cError), &cError); err != nil {
+			return nil, err
+		}
+		devices[i] = Device{
+			Name:        C.GoString(&info.name[0]),
+			Description: C.GoString(&info.description[0]),
+			MemoryBytes: uint64(info.memory_bytes),
+		}
+	}
+	return devices, nil
+}
