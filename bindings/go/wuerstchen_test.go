@@ -161,7 +161,7 @@ func TestErrorsNameWhatIsWrong(t *testing.T) {
 	ctx := context.Background()
 	for name, option := range map[string]GenerateOption{
 		"images":      WithImagesPerPrompt(-1),
-		"width":       WithSize(1<<20, 128),
+		"width":       WithSize(127, 128),
 		"sampler":     WithStageCSampler(99),
 		"choice":      WithStageBChoice(-1),
 		"stage_c":     WithStageC(0, 3),
