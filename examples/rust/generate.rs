@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use wuerstchen::{GenerateOptions, Model, ModelOptions, Progress};
 
-const USAGE: &str = "usage: generate [--model FOLDER] [--negative TEXT] [--size WxH] [--steps N] [--guidance W] [--seed N]
+const USAGE: &str =
+    "usage: generate [--model FOLDER] [--negative TEXT] [--size WxH] [--steps N] [--guidance W] [--seed N]
                 [--images N] [--device NAME] [--threads N] [--out FILE.png] PROMPT...";
 
 type Failure = Box<dyn std::error::Error>;
