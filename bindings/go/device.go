@@ -9,8 +9,10 @@ type Device struct {
 	Name string
 	// Description is the name of the hardware.
 	Description string
-	// MemoryBytes is the size of its memory; 0 where that is not known.
-	MemoryBytes uint64
+	// Threads counts the cores that this process may use.
+	Threads int
+	// MemoryBytes is the size of its memory, MemoryAvailableBytes what of it is free now.
+	MemoryBytes, MemoryAvailableBytes uint64
 }
 
 // Devices lists what models can run on. The first is always the CPU.
@@ -24,9 +26,11 @@ func Devices() ([]Device, error) {
 			return nil, err
 		}
 		devices[i] = Device{
-			Name:        C.GoString(&info.name[0]),
-			Description: C.GoString(&info.description[0]),
-			MemoryBytes: uint64(info.memory_bytes),
+			Name:                 C.GoString(&info.name[0]),
+			Description:          C.GoString(&info.description[0]),
+			Threads:              int(info.threads),
+			MemoryBytes:          uint64(info.memory_bytes),
+			MemoryAvailableBytes: uint64(info.memory_available_bytes),
 		}
 	}
 	return devices, nil
