@@ -77,6 +77,16 @@ all_go_tests() {
     go_tests "Go with cgocheck2" go-cgocheck.log env GOEXPERIMENT=cgocheck2 go test -count=1 -short -v ./...
 }
 
+parity_tests() {
+    say "parity through the C ABI"
+    if ! venv_has numpy numpy; then
+        skip "parity through the C ABI: Python with numpy is not there and could not be fetched"
+        return
+    fi
+    run parity.log tools/parity.sh
+    counted "parity" parity.log $? "$(sum parity.log passed)" "$(sum parity.log failed)" "$(sum parity.log skipped)"
+}
+
 # step_of NAME LOG COMMAND...: one test that is a command.
 step_of() {
     local name=$1 log=$2
@@ -99,13 +109,12 @@ if [ $built = yes ]; then
         skip "the Go example: no Go"
     fi
     step_of "snippets of the README" readme.log tools/try-readme.sh
-    say "parity through the C ABI"
-    if venv_has numpy numpy; then
-        run parity.log tools/parity.sh
-        counted "parity" parity.log $? "$(sum parity.log passed)" "$(sum parity.log failed)" "$(sum parity.log skipped)"
-    else
-        skip "parity through the C ABI: Python with numpy is not there and could not be fetched"
-    fi
+    parity_tests
+fi
+if venv_has torch; then
+    step_of "the PyTorch rival of the benchmarks" rival.log "$build/venv/bin/python" tests/reference/check_torch_v1.py
+else
+    skip "the PyTorch rival of the benchmarks: PyTorch is not there ('make bench' fetches it)"
 fi
 
 printf '%s\n\n' "$notes"

@@ -6,7 +6,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use wuerstchen::{GenerateOptions, Model, ModelOptions, Progress};
+use wuerstchen::pipeline::{GenerateOptions, Model, ModelOptions, Progress};
 
 const USAGE: &str =
     "usage: generate [--model FOLDER] [--negative TEXT] [--size WxH] [--steps N] [--guidance W] [--seed N]
