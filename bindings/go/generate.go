@@ -384,6 +384,7 @@ func (m *Model) Generate(ctx context.Context, prompt string, options ...Generate
 	defer chosen.free()
 
 	images := make([]*C.wst_image, C.wst_generate_options_image_count(chosen.pointer))
+	defer func() { freeImages(images) }()
 	err = chosen.run(ctx, func() error {
 		var cError *C.wst_error
 		return check(C.wst_generate(model, chosen.pointer,
@@ -392,5 +393,5 @@ func (m *Model) Generate(ctx context.Context, prompt string, options ...Generate
 	if err != nil {
 		return nil, err
 	}
-	return takeImages(images), nil
+	return goImages(images), nil
 }

@@ -49,6 +49,7 @@ func newImages(name string, pictures []image.Image) ([]*C.wst_image, error) {
 	return out, nil
 }
 
+// freeImages frees what is there: a failed call leaves NULLs.
 func freeImages(images []*C.wst_image) {
 	for _, each := range images {
 		C.wst_image_free(each)
@@ -66,9 +67,8 @@ func goImage(source *C.wst_image) *image.NRGBA {
 	return out
 }
 
-// takeImages copies pictures of the library and frees the originals.
-func takeImages(sources []*C.wst_image) []image.Image {
-	defer freeImages(sources)
+// goImages copies pictures of the library.
+func goImages(sources []*C.wst_image) []image.Image {
 	out := make([]image.Image, len(sources))
 	for i, source := range sources {
 		out[i] = goImage(source)

@@ -127,20 +127,20 @@ func (j *Job) Wait(ctx context.Context) error {
 // Before that it returns ErrBusy.
 func (j *Job) Images() ([]image.Image, error) {
 	images := make([]*C.wst_image, j.count)
+	defer func() { freeImages(images) }()
 	err := j.use(func(job *C.wst_job) error {
 		var cError *C.wst_error
 		return check(C.wst_job_images(job, unsafe.SliceData(images), C.size_t(len(images)), &cError), &cError)
 	})
 	if j.receiver != nil {
 		if value := j.receiver.panicValue(); value != nil {
-			freeImages(images)
 			return nil, fmt.Errorf("wuerstchen: the progress receiver panicked: %v", value)
 		}
 	}
 	if err != nil {
 		return nil, withContext(j.ctx, err)
 	}
-	return takeImages(images), nil
+	return goImages(images), nil
 }
 
 // Cancel asks the job to stop and does not wait for it.

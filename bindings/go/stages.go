@@ -133,10 +133,11 @@ func (m *Model) tensorCall(call func(model *C.wst_model, out **C.wst_tensor) err
 	}
 	defer m.handle.release()
 	var out *C.wst_tensor
+	defer func() { C.wst_tensor_free(out) }()
 	if err := call(model, &out); err != nil {
 		return nil, err
 	}
-	return takeTensor(out)
+	return goTensor(out)
 }
 
 // withTensors runs a call that makes a tensor of others.

@@ -69,9 +69,8 @@ func newTensor(name string, source *Tensor) (*C.wst_tensor, error) {
 	return out, check(status, &cError)
 }
 
-// takeTensor copies a tensor of the library and frees the original.
-func takeTensor(source *C.wst_tensor) (*Tensor, error) {
-	defer C.wst_tensor_free(source)
+// goTensor copies a tensor of the library.
+func goTensor(source *C.wst_tensor) (*Tensor, error) {
 	rank := int(C.wst_tensor_rank(source))
 	out := &Tensor{Shape: make([]int, rank)}
 	count := 1
