@@ -9,6 +9,7 @@ import "C"
 import (
 	"runtime/cgo"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 )
 
@@ -16,6 +17,7 @@ import (
 type progressReceiver struct {
 	receive func(Progress)
 	cancel  func()
+	running atomic.Bool
 
 	mutex    sync.Mutex
 	panicked any
@@ -36,7 +38,9 @@ func wstGoProgress(progress *C.wst_go_progress, userData unsafe.Pointer) {
 	if !ok || receiver.panicValue() != nil {
 		return
 	}
+	receiver.running.Store(true)
 	defer func() {
+		receiver.running.Store(false)
 		if value := recover(); value != nil {
 			receiver.mutex.Lock()
 			receiver.panicked = value

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"reflect"
+	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -101,6 +103,48 @@ func TestJobCloseWhileRunning(t *testing.T) {
 		}
 		job.Cancel()
 	}
+}
+
+func TestJobClosedByItsOwnReceiver(t *testing.T) {
+	started := make(chan *Job, 1)
+	closed := make(chan struct{})
+	var once sync.Once
+	job, err := open(t).StartJob(context.Background(), "a red apple", endless(WithProgress(func(Progress) {
+		once.Do(func() {
+			(<-started).Close()
+			close(closed)
+		})
+	}))...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	started <- job
+	<-closed
+	select {
+	case <-job.freed:
+	case <-time.After(10 * time.Second):
+		t.Error("the job was not freed")
+	}
+}
+
+func TestForgottenJobsAreFreed(t *testing.T) {
+	model := open(t)
+	freed := func() chan struct{} {
+		job, err := model.StartJob(context.Background(), "a red apple", endless()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return job.freed
+	}()
+	for range 100 {
+		runtime.GC()
+		select {
+		case <-freed:
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	t.Error("the garbage collector did not free the job")
 }
 
 func TestJobOutlivesItsModel(t *testing.T) {
