@@ -25,7 +25,7 @@ const TOKENIZER_MAX_BYTES: usize = 64 << 20;
 const SPECIALS_MAX_BYTES: usize = 8 << 20;
 
 /// What a tokenizer takes in memory per byte of its file while it is built, at worst.
-const BLOW_UP: usize = 20;
+const BLOW_UP: usize = 32;
 
 /// The longest prompt. Only the beginning of one counts, but all of it is split into tokens.
 const PROMPT_MAX_BYTES: usize = 1 << 20;
