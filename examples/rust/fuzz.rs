@@ -1,5 +1,7 @@
 //! Feeds mutated files to every loader: `cargo run --release --example fuzz -- CASES [SEED]`.
 
+#![allow(clippy::expect_used)]
+
 #[path = "../../tests/common/fuzz.rs"]
 mod fuzz;
 

@@ -78,7 +78,7 @@ fn preprocessing_is_the_references() {
             let [h, w, _] = raw.dims_of("raw").unwrap();
             let image = Image::from_rgb(w as u32, h as u32, raw.slice().unwrap(), 0).unwrap();
             for (fit, name) in [(Fit::Stretch, "bicubic"), (Fit::Crop, "bilinear")] {
-                let got = preprocess(&cx, &[image.clone()], [48, 48], fit, &normal).unwrap();
+                let got = preprocess(&cx, std::slice::from_ref(&image), [48, 48], fit, &normal).unwrap();
                 let want = file.tensor(&format!("{name}{i}.out")).unwrap();
                 let error = relative_error(&got, &want);
                 assert!(error < 2e-5, "{name}{i}: {error:e}");

@@ -37,6 +37,7 @@ fn ids_are_the_references() {
     let (equal, refused) = check_case("tokenizer", &incomplete);
     assert!(equal > 5 && refused > 5, "{equal} equal, {refused} refused");
     let full = Tokenizer::open(&folder("extra/tokenizer_full")).unwrap();
+    assert_eq!(full.largest_id(), 2049);
     assert_eq!(check_case("tokenizer_full", &full).1, 0);
     let legacy = Tokenizer::open(&folder("extra/tokenizer_legacy")).unwrap();
     assert_eq!(check_case("v2_tokenizer", &legacy).1, 0);
@@ -73,7 +74,7 @@ fn special_ids_come_from_the_files_then_from_the_caller() {
     json["added_tokens"] = Value::Array(vec![]);
     write("tokenizer.json", &json);
     let message = Tokenizer::open(&temp).unwrap_err().to_string();
-    assert!(message.contains("end of prompts"), "{message}");
+    assert!(message.contains("beginning of prompts"), "{message}");
     let ids = SpecialIds { bos: Some(7), eos: Some(8), pad: None };
     let tokenizer = Tokenizer::open_with(&temp, ids).unwrap();
     assert_eq!(tokenizer.special_ids(), SpecialIds { pad: Some(8), ..ids });

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use tokenizers::PostProcessorWrapper;
 use tokenizers::models::ModelWrapper;
 
 use super::legacy;
@@ -24,7 +25,7 @@ const TOKENIZER_MAX_BYTES: usize = 64 << 20;
 const SPECIALS_MAX_BYTES: usize = 8 << 20;
 
 /// What a tokenizer takes in memory per byte of its file while it is built, at worst.
-const BLOW_UP: usize = 20;
+const BLOW_UP: usize = 32;
 
 /// The longest prompt. Only the beginning of one counts, but all of it is split into tokens.
 const PROMPT_MAX_BYTES: usize = 1 << 20;
@@ -73,6 +74,7 @@ pub struct Tokenizer {
     bos: u32,
     eos: u32,
     pad: u32,
+    largest_id: u32,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -106,45 +108,37 @@ impl Tokenizer {
         files::guarded(&place, "a tokenizer", || {
             let specials = Specials::read(folder)?;
             if whole {
-                let (inner, padding) = open_whole(&place)?;
-                return Self::assemble(inner, &place, &specials, fallback, padding);
+                let (inner, own) = open_whole(&place)?;
+                return Self::assemble(inner, &place, own, &specials, fallback);
             }
             let texts = specials.texts();
             let unknown = specials.unk.as_deref().unwrap_or(EOS);
             let inner = legacy::open(folder, TOKENIZER_MAX_BYTES, BLOW_UP, &texts, unknown)?;
-            Self::assemble(inner, &place, &specials, fallback, None)
+            Self::assemble(inner, &place, SpecialIds::default(), &specials, fallback)
         })
     }
 
+    /// What the tokenizer's own file says about special tokens comes first, then the folder, then the caller.
     fn assemble(
         inner: tokenizers::Tokenizer,
         place: &Path,
+        own: SpecialIds,
         specials: &Specials,
         fallback: SpecialIds,
-        padding: Option<u32>,
     ) -> Result<Self> {
-        // What the tokenizer itself puts around an empty prompt.
-        let around = inner.encode("", true).map(|empty| empty.get_ids().to_vec()).unwrap_or_default();
-        let (around_bos, around_eos) = match around[..] {
-            [bos, eos] => (Some(bos), Some(eos)),
-            _ => (None, None),
-        };
         let id = |text: &Option<String>| text.as_deref().and_then(|text| inner.token_to_id(text));
         let missing = |name: &str| {
-            Error::format(
-                place.display().to_string(),
-                format!("a token that marks the {name} of prompts"),
-                "none",
-            )
+            let expected = format!("a token that marks the {name} of prompts");
+            Error::format(place.display().to_string(), expected, "none")
         };
-        let bos =
-            around_bos.or_else(|| id(&specials.bos)).or(fallback.bos).or_else(|| inner.token_to_id(BOS));
-        let eos =
-            around_eos.or_else(|| id(&specials.eos)).or(fallback.eos).or_else(|| inner.token_to_id(EOS));
-        let eos = eos.ok_or_else(|| missing("end"))?;
-        let pad = id(&specials.pad).or(padding).or(fallback.pad).unwrap_or(eos);
+        let bos = own.bos.or_else(|| id(&specials.bos)).or(fallback.bos).or_else(|| inner.token_to_id(BOS));
+        let eos = own.eos.or_else(|| id(&specials.eos)).or(fallback.eos).or_else(|| inner.token_to_id(EOS));
         let bos = bos.ok_or_else(|| missing("beginning"))?;
-        Ok(Tokenizer { inner, place: place.to_owned(), bos, eos, pad })
+        let eos = eos.ok_or_else(|| missing("end"))?;
+        let pad = id(&specials.pad).or(own.pad).or(fallback.pad).unwrap_or(eos);
+        let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
+        let largest_id = largest.max(bos).max(eos).max(pad);
+        Ok(Tokenizer { inner, place: place.to_owned(), bos, eos, pad, largest_id })
     }
 
     /// The ids of the special tokens.
@@ -152,9 +146,9 @@ impl Tokenizer {
         SpecialIds { bos: Some(self.bos), eos: Some(self.eos), pad: Some(self.pad) }
     }
 
-    /// The largest number of ids, added tokens included.
-    pub fn vocabulary_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+    /// The largest id that [`Tokenizer::encode`] can give: what a text encoder's vocabulary is checked against.
+    pub fn largest_id(&self) -> u32 {
+        self.largest_id
     }
 
     /// Exactly `length` ids: bos, as many tokens of the text as fit, eos, padding.
@@ -270,17 +264,19 @@ struct ModelOutline {
     continuing_subword_prefix: Option<String>,
 }
 
-/// A tokenizer from tokenizer.json, without its own truncation and padding, and the id that it pads with.
-fn open_whole(path: &Path) -> Result<(tokenizers::Tokenizer, Option<u32>)> {
+/// A tokenizer from tokenizer.json, without its own truncation, padding and special tokens, and the ids of these.
+fn open_whole(path: &Path) -> Result<(tokenizers::Tokenizer, SpecialIds)> {
     let content = files::read(path, TOKENIZER_MAX_BYTES)?;
     files::check_headroom(&path.display().to_string(), content.bytes().len() * BLOW_UP)?;
-    let padding = check_outline(path, &content)?;
+    let own = check_outline(path, &content)?;
     let wrong = |error: tokenizers::Error| {
         Error::format(path.display().to_string(), "a Hugging Face tokenizer", error)
     };
     let mut tokenizer = tokenizers::Tokenizer::from_bytes(content.bytes()).map_err(wrong)?;
     tokenizer.with_truncation(None).map_err(wrong)?;
     tokenizer.with_padding(None);
+    // The crate's own processor panics on a template that names a token it does not define.
+    tokenizer.with_post_processor(None::<PostProcessorWrapper>);
     // Dropout, a device of training, would give other tokens in every call.
     if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
         && bpe.dropout.is_some()
@@ -289,11 +285,38 @@ fn open_whole(path: &Path) -> Result<(tokenizers::Tokenizer, Option<u32>)> {
         bpe.dropout = None;
         tokenizer.with_model(bpe);
     }
-    Ok((tokenizer, padding))
+    Ok((tokenizer, own))
+}
+
+/// The ids that a post-processor puts before and after a prompt.
+fn ids_around(processor: &Value) -> Option<(u32, u32)> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match processor.get("type")?.as_str()? {
+        "RobertaProcessing" | "BertProcessing" => {
+            Some((id(processor.get("cls")?.get(1)?)?, id(processor.get("sep")?.get(1)?)?))
+        }
+        "TemplateProcessing" => {
+            let special = |piece: &Value| {
+                let name = piece.get("SpecialToken")?.get("id")?.as_str()?;
+                match processor.get("special_tokens")?.get(name)?.get("ids")?.as_array()?.as_slice() {
+                    [only] => id(only),
+                    _ => None,
+                }
+            };
+            match processor.get("single")?.as_array()?.as_slice() {
+                [bos, content, eos] if content.get("Sequence").is_some() => {
+                    Some((special(bos)?, special(eos)?))
+                }
+                _ => None,
+            }
+        }
+        "Sequence" => processor.get("processors")?.as_array()?.iter().find_map(ids_around),
+        _ => None,
+    }
 }
 
 /// Refuses what the crate would take too long or too much stack for.
-fn check_outline(path: &Path, content: &Buffer) -> Result<Option<u32>> {
+fn check_outline(path: &Path, content: &Buffer) -> Result<SpecialIds> {
     let outline: Outline = serde_json::from_slice(content.bytes())
         .map_err(|error| Error::format(path.display().to_string(), "a Hugging Face tokenizer", error))?;
     let parts = [
@@ -311,7 +334,8 @@ fn check_outline(path: &Path, content: &Buffer) -> Result<Option<u32>> {
         let what = format!("{}: model.continuing_subword_prefix", path.display());
         return Err(Error::unsupported(what, "CLIP's tokenizers have none"));
     }
-    Ok(outline.padding.and_then(|padding| padding.pad_id))
+    let (bos, eos) = ids_around(&outline.post_processor).unzip();
+    Ok(SpecialIds { bos, eos, pad: outline.padding.and_then(|padding| padding.pad_id) })
 }
 
 fn check_component(value: &Value, depth: usize) -> Result<(), (String, String)> {

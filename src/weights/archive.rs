@@ -20,7 +20,7 @@ pub const STEMS: &[&str] = &["model", "diffusion_pytorch_model"];
 const INDEX_MAX_BYTES: usize = 64 << 20;
 
 /// What an index may take in memory per byte of its text, at worst.
-const INDEX_BLOW_UP: usize = 12;
+const INDEX_BLOW_UP: usize = 32;
 
 /// The most shards of one part.
 const SHARDS_MAX: usize = 4096;

@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor::{DType, Tensor};
 
-/// What a header may take in memory per byte of its text, at worst.
-const HEADER_BLOW_UP: usize = 12;
+/// What a header may take in memory per byte of its text, at worst: a shape of many zeros, parsed and buffered.
+const HEADER_BLOW_UP: usize = 48;
 
 /// The largest header, as the safetensors format defines it.
 const HEADER_MAX_BYTES: u64 = 100_000_000;

@@ -1,5 +1,7 @@
 //! Mutated files for every loader: each must give a value or an error, and never panic.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
