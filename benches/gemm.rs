@@ -1,6 +1,6 @@
 //! GFLOP/s of matrix products against the multiply-add peak of the processor, measured in the same run.
 //!
-//! `cargo bench --bench gemm [-- THREADS [avx512|avx2|baseline]]`
+//! `cargo bench --bench gemm [-- THREADS [avx512|avx2|baseline [M]]]`
 
 use std::time::{Duration, Instant};
 
@@ -29,21 +29,13 @@ const TIME: Duration = Duration::from_millis(600);
 /// Rounds of 384 multiply-adds per thread.
 const PEAK_STEPS: usize = 2_000_000;
 
-/// The processor time of all threads of this process so far, in seconds: what others on the machine do not disturb.
-fn processor_seconds() -> f64 {
-    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return 0.0 };
-    let files = threads.flatten().flat_map(|t| std::fs::read_to_string(t.path().join("schedstat")));
-    files.filter_map(|text| text.split(' ').next()?.parse::<f64>().ok()).sum::<f64>() / 1e9
-}
-
-/// The best of several runs: seconds on the clock, and processor seconds divided by `threads`.
-fn best(threads: usize, limit: Duration, mut body: impl FnMut() -> Result<()>) -> Result<[f64; 2]> {
-    let (start, mut least) = (Instant::now(), [f64::INFINITY; 2]);
-    for run in 0..30 {
-        let (begin, busy) = (Instant::now(), processor_seconds());
+/// The best of several runs, in seconds: what others on the machine disturb least.
+fn best(limit: Duration, mut body: impl FnMut() -> Result<()>) -> Result<f64> {
+    let (start, mut least) = (Instant::now(), f64::INFINITY);
+    for run in 0..100 {
+        let begin = Instant::now();
         body()?;
-        let busy = (processor_seconds() - busy) / threads as f64;
-        least = [least[0].min(begin.elapsed().as_secs_f64()), least[1].min(busy)];
+        least = least.min(begin.elapsed().as_secs_f64());
         if run > 1 && start.elapsed() > limit {
             break;
         }
@@ -52,15 +44,15 @@ fn best(threads: usize, limit: Duration, mut body: impl FnMut() -> Result<()>) -
 }
 
 /// The multiply-add peak of all threads.
-fn peak(cx: &Context) -> Result<[f64; 2]> {
+fn peak(cx: &Context) -> Result<f64> {
     let threads = cx.device().threads();
-    let seconds = best(threads, Duration::from_millis(200), || {
+    let seconds = best(Duration::from_millis(200), || {
         cx.parallel(threads, |_| simd::multiply_add_rounds(PEAK_STEPS))
     })?;
-    Ok(seconds.map(|s| (threads * PEAK_STEPS * 384 * 2) as f64 / s / 1e9))
+    Ok((threads * PEAK_STEPS * 384 * 2) as f64 / seconds / 1e9)
 }
 
-fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result<[f64; 2]> {
+fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result<f64> {
     let a: Vec<f32> = (0..m * k).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect();
     let b: Vec<f32> = (0..n * k).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect();
     let half: Vec<f16> = b.iter().map(|&v| f16::from_f32(v)).collect();
@@ -71,9 +63,9 @@ fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result
         _ => (Values::F32(&b), Layout::RowsAreOutputs, k),
     };
     let product = Gemm { m, n, k, a: &a, lda: k, b: MatrixB { values, layout, leading } };
-    let seconds = best(cx.device().threads(), TIME, || gemm(cx, &product, &mut out, n, |_, _, _| ()))?;
+    let seconds = best(TIME, || gemm(cx, &product, &mut out, n, |_, _, _| ()))?;
     std::hint::black_box(&out);
-    Ok(seconds.map(|s| 2.0 * (m * n) as f64 * k as f64 / s / 1e9))
+    Ok(2.0 * (m * n) as f64 * k as f64 / seconds / 1e9)
 }
 
 fn main() -> Result<()> {
@@ -86,15 +78,15 @@ fn main() -> Result<()> {
     }
     let cx = Context::new(&Device::cpu(threads)?);
     println!("{:?}, {} threads", simd::level(), cx.device().threads());
-    println!("GFLOP/s, share of the peak by the clock, by processor time");
-    for &shape in SHAPES {
+    println!("GFLOP/s and share of the multiply-add peak");
+    let wanted = arguments.get(2).and_then(|a| a.parse::<usize>().ok());
+    for &shape in SHAPES.iter().filter(|s| wanted.is_none_or(|m| m == s.0)) {
         let (m, k, n) = shape;
         let peak = peak(&cx)?;
-        print!("peak {:5.1} | M {m:5} K {k:4} N {n:4}", peak[0]);
+        print!("peak {peak:5.1} | M {m:5} K {k:4} N {n:4}");
         for kind in ["f32", "f16", "f32 [K,N]"] {
             let speed = product(&cx, shape, kind)?;
-            let share = [speed[0] / peak[0] * 100.0, speed[1] / peak[1] * 100.0];
-            print!(" | {kind} {:6.1} {:3.0}% {:3.0}%", speed[0], share[0], share[1]);
+            print!(" | {kind} {speed:6.1} {:3.0}%", speed / peak * 100.0);
         }
         println!();
     }

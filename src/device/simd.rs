@@ -269,6 +269,19 @@ pub fn prefetch<T>(address: *const T) {
     let _ = address;
 }
 
+/// Asks for the cache line at `address` ahead of a write. Any address will do.
+#[inline(always)]
+pub fn prefetch_to_write<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as in `prefetch`.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_ET0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Runs `steps` rounds of 384 multiply-adds that never leave the registers, for benchmarks: the processor's peak.
 #[doc(hidden)]
 pub fn multiply_add_rounds(steps: usize) {
