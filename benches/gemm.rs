@@ -46,9 +46,8 @@ fn best(limit: Duration, mut body: impl FnMut() -> Result<()>) -> Result<f64> {
 /// The multiply-add peak of all threads.
 fn peak(cx: &Context) -> Result<f64> {
     let threads = cx.device().threads();
-    let seconds = best(Duration::from_millis(200), || {
-        cx.parallel(threads, |_| simd::multiply_add_rounds(PEAK_STEPS))
-    })?;
+    let seconds =
+        best(Duration::from_millis(200), || cx.parallel(threads, |_| simd::multiply_add_rounds(PEAK_STEPS)))?;
     Ok((threads * PEAK_STEPS * 384 * 2) as f64 / seconds / 1e9)
 }
 

@@ -1,1 +1,5 @@
 //! ops
+
+pub mod activation;
+pub mod attention;
+pub mod linear;
