@@ -59,7 +59,7 @@ fn activation(a: Activation, x: f64) -> f64 {
 fn reference(x: &Tensor, outputs: usize, w: impl Fn(usize, usize) -> f64, e: &Epilogue) -> Vec<f64> {
     let inputs = x.shape().channels();
     let (x, samples) = (wide(x), if x.dims().len() > 1 { x.dims()[0] } else { 1 });
-    let rows = if inputs == 0 { 0 } else { x.len() / inputs };
+    let rows = x.len().checked_div(inputs).unwrap_or(0);
     let [scale, bias, residual, modulation] =
         [e.channel_scale, e.bias, e.residual, e.modulation].map(|t| t.map(wide));
     let get = |t: &Option<Vec<f64>>, i: usize, otherwise: f64| t.as_ref().map_or(otherwise, |t| t[i]);
