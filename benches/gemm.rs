@@ -1,6 +1,6 @@
 //! GFLOP/s of matrix products against the multiply-add peak of the processor, measured in the same run.
 //!
-//! `cargo bench --bench gemm [-- THREADS [avx512|avx2|baseline]]`
+//! `cargo bench --bench gemm [-- THREADS [avx512|avx2|baseline [M]]]`
 
 use std::time::{Duration, Instant};
 
@@ -24,43 +24,28 @@ const SHAPES: &[(usize, usize, usize)] = &[
 ];
 
 /// How long one measurement may repeat.
-const TIME: Duration = Duration::from_millis(600);
+const TIME: Duration = Duration::from_millis(1000);
 
-/// Rounds of 384 multiply-adds per thread.
-const PEAK_STEPS: usize = 2_000_000;
+/// Rounds of 384 multiply-adds per thread, for one look at the peak: a fraction of a millisecond.
+const PEAK_STEPS: usize = 200_000;
 
-/// The processor time of all threads of this process so far, in seconds: what others on the machine do not disturb.
-fn processor_seconds() -> f64 {
-    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return 0.0 };
-    let files = threads.flatten().flat_map(|t| std::fs::read_to_string(t.path().join("schedstat")));
-    files.filter_map(|text| text.split(' ').next()?.parse::<f64>().ok()).sum::<f64>() / 1e9
+/// GFLOP/s of `body`, by the clock and by the processor time of its threads.
+fn rates(cx: &Context, flops: f64, body: impl FnOnce() -> Result<()>) -> Result<[f64; 2]> {
+    let (start, busy) = (Instant::now(), simd::processor_seconds());
+    body()?;
+    let busy = (simd::processor_seconds() - busy) / cx.device().threads() as f64;
+    Ok([flops / start.elapsed().as_secs_f64() / 1e9, flops / busy / 1e9])
 }
 
-/// The best of several runs: seconds on the clock, and processor seconds divided by `threads`.
-fn best(threads: usize, limit: Duration, mut body: impl FnMut() -> Result<()>) -> Result<[f64; 2]> {
-    let (start, mut least) = (Instant::now(), [f64::INFINITY; 2]);
-    for run in 0..30 {
-        let (begin, busy) = (Instant::now(), processor_seconds());
-        body()?;
-        let busy = (processor_seconds() - busy) / threads as f64;
-        least = [least[0].min(begin.elapsed().as_secs_f64()), least[1].min(busy)];
-        if run > 1 && start.elapsed() > limit {
-            break;
-        }
-    }
-    Ok(least)
-}
-
-/// The multiply-add peak of all threads.
+/// The multiply-add rates of all threads just now.
 fn peak(cx: &Context) -> Result<[f64; 2]> {
     let threads = cx.device().threads();
-    let seconds = best(threads, Duration::from_millis(200), || {
-        cx.parallel(threads, |_| simd::multiply_add_rounds(PEAK_STEPS))
-    })?;
-    Ok(seconds.map(|s| (threads * PEAK_STEPS * 384 * 2) as f64 / s / 1e9))
+    let flops = (threads * PEAK_STEPS * 384 * 2) as f64;
+    rates(cx, flops, || cx.parallel(threads, |_| simd::multiply_add_rounds(PEAK_STEPS)))
 }
 
-fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result<[f64; 2]> {
+/// The best rates of a product and of the peak, measured in turn: others on the machine disturb these least.
+fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result<[[f64; 2]; 2]> {
     let a: Vec<f32> = (0..m * k).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect();
     let b: Vec<f32> = (0..n * k).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect();
     let half: Vec<f16> = b.iter().map(|&v| f16::from_f32(v)).collect();
@@ -71,9 +56,15 @@ fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result
         _ => (Values::F32(&b), Layout::RowsAreOutputs, k),
     };
     let product = Gemm { m, n, k, a: &a, lda: k, b: MatrixB { values, layout, leading } };
-    let seconds = best(cx.device().threads(), TIME, || gemm(cx, &product, &mut out, n, |_, _, _| ()))?;
-    std::hint::black_box(&out);
-    Ok(seconds.map(|s| 2.0 * (m * n) as f64 * k as f64 / s / 1e9))
+    let flops = 2.0 * (m * n) as f64 * k as f64;
+    let (start, mut best) = (Instant::now(), [[0f64; 2]; 2]);
+    while start.elapsed() < TIME {
+        let speed = rates(cx, flops, || gemm(cx, &product, &mut out, n, |_, _, _| ()))?;
+        for (best, now) in best.iter_mut().zip([speed, peak(cx)?]) {
+            *best = [best[0].max(now[0]), best[1].max(now[1])];
+        }
+    }
+    Ok(best)
 }
 
 fn main() -> Result<()> {
@@ -86,15 +77,15 @@ fn main() -> Result<()> {
     }
     let cx = Context::new(&Device::cpu(threads)?);
     println!("{:?}, {} threads", simd::level(), cx.device().threads());
-    println!("GFLOP/s, share of the peak by the clock, by processor time");
-    for &shape in SHAPES {
+    println!("GFLOP/s, multiply-add peak, share by the clock, share by processor time");
+    let wanted = arguments.get(2).and_then(|a| a.parse::<usize>().ok());
+    for &shape in SHAPES.iter().filter(|s| wanted.is_none_or(|m| m == s.0)) {
         let (m, k, n) = shape;
-        let peak = peak(&cx)?;
-        print!("peak {:5.1} | M {m:5} K {k:4} N {n:4}", peak[0]);
+        print!("M {m:5} K {k:4} N {n:4}");
         for kind in ["f32", "f16", "f32 [K,N]"] {
-            let speed = product(&cx, shape, kind)?;
+            let [speed, peak] = product(&cx, shape, kind)?;
             let share = [speed[0] / peak[0] * 100.0, speed[1] / peak[1] * 100.0];
-            print!(" | {kind} {:6.1} {:3.0}% {:3.0}%", speed[0], share[0], share[1]);
+            print!(" | {kind} {:5.1} of {:5.1} {:3.0}% {:3.0}%", speed[0], peak[0], share[0], share[1]);
         }
         println!();
     }

@@ -146,6 +146,7 @@ const ROUNDER: f32 = 12_582_912.0;
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// e^r for |r| <= ln(2) / 2: 1 + r + r^2 q(r) with a minimax fit of q; relative error 3.2e-9.
+#[allow(clippy::excessive_precision)]
 const EXP: [f32; 7] = [1.0, 1.0, 0.5, 1.666_651_859e-1, 4.166_620_509e-2, 8.368_918_805e-3, 1.395_053_864e-3];
 /// Below this e^x is less than the smallest positive number.
 const EXP_LEAST: f32 = -103.98;
@@ -171,6 +172,7 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
 }
 
 /// Minimax fit of erf(x)/x - 1 in x^2 for |x| < 1; error 1.2e-9.
+#[allow(clippy::excessive_precision)]
 const ERF_SMALL: [f32; 7] = [
     1.283_791_659e-1,
     -3.761_262_714e-1,
@@ -181,6 +183,7 @@ const ERF_SMALL: [f32; 7] = [
     7.889_114_217e-5,
 ];
 /// Minimax fit of ln(erfc(x)) for 1 <= x <= 3.95, weighted by erfc(x); weighted error 2.1e-11.
+#[allow(clippy::excessive_precision)]
 const ERFC_LOG: [f32; 8] = [
     1.880_389_433e-4,
     -1.129_578_419,
@@ -212,6 +215,7 @@ pub fn sigmoid<const FMA: bool>(x: f32) -> f32 {
 }
 
 /// Minimax fit of (tanh(x)/x - 1) / x^2 in x^2 for |x| < 0.625; relative error of tanh 5.9e-10.
+#[allow(clippy::excessive_precision)]
 const TANH_SMALL: [f32; 6] = [
     -3.333_333_318e-1,
     1.333_330_498e-1,
@@ -269,6 +273,19 @@ pub fn prefetch<T>(address: *const T) {
     let _ = address;
 }
 
+/// Asks for the cache line at `address` ahead of a write. Any address will do.
+#[inline(always)]
+pub fn prefetch_to_write<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as in `prefetch`.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_ET0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Runs `steps` rounds of 384 multiply-adds that never leave the registers, for benchmarks: the processor's peak.
 #[doc(hidden)]
 pub fn multiply_add_rounds(steps: usize) {
@@ -287,6 +304,15 @@ pub fn multiply_add_rounds(steps: usize) {
             std::hint::black_box(sums);
         }
     }
+}
+
+/// Processor time that all threads of the process have used, in seconds, for benchmarks on busy machines.
+#[doc(hidden)]
+pub fn processor_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes to a local; on failure it stays zero.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
 #[cfg(target_arch = "x86_64")]

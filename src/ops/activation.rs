@@ -23,9 +23,16 @@ pub enum Activation {
     Sigmoid,
 }
 
+impl Activation {
+    /// x <- act(x) for every value, on the calling thread.
+    pub fn apply(self, values: &mut [f32]) {
+        apply(values, self);
+    }
+}
+
 simd_dispatch! {
     /// Applies `activation` in place.
-    pub(crate) fn apply<const FMA: bool>(values: &mut [f32], activation: Activation) {
+    fn apply<const FMA: bool>(values: &mut [f32], activation: Activation) {
         match activation {
             Activation::None => {}
             Activation::Relu => values.iter_mut().for_each(|v| *v = v.max(0.0)),

@@ -52,10 +52,10 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
         for _ in 0..tile.depth {
             let low = _mm256_loadu_ps(b);
             let high = _mm256_loadu_ps(b.add(8));
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let a = _mm256_broadcast_ss(&*a.add(r * A_STRIDE));
-                sums[r][0] = _mm256_fmadd_ps(a, low, sums[r][0]);
-                sums[r][1] = _mm256_fmadd_ps(a, high, sums[r][1]);
+                sums[0] = _mm256_fmadd_ps(a, low, sums[0]);
+                sums[1] = _mm256_fmadd_ps(a, high, sums[1]);
             }
             a = a.add(1);
             b = b.add(COLUMNS);

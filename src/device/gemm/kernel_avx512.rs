@@ -4,6 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use crate::device::simd::prefetch_to_write;
+
 use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values};
 
 pub(super) struct Avx512;
@@ -58,32 +60,39 @@ fn lanes(count: usize) -> __mmask16 {
 unsafe fn multiply<const R: usize>(tile: &Tile) {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     let (mut a, mut b) = (tile.a.as_ptr(), tile.panel.as_ptr());
+    for r in 0..R {
+        // On their way while the sums are made; one line more, since rows of C need not start one.
+        let c = tile.c.wrapping_add(r * tile.ldc);
+        prefetch_to_write(c);
+        prefetch_to_write(c.wrapping_add(16));
+        prefetch_to_write(c.wrapping_add(tile.columns - 1));
+    }
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
     unsafe {
         for _ in 0..tile.depth {
             let low = _mm512_loadu_ps(b);
             let high = _mm512_loadu_ps(b.add(16));
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let a = _mm512_set1_ps(*a.add(r * A_STRIDE));
-                sums[r][0] = _mm512_fmadd_ps(a, low, sums[r][0]);
-                sums[r][1] = _mm512_fmadd_ps(a, high, sums[r][1]);
+                sums[0] = _mm512_fmadd_ps(a, low, sums[0]);
+                sums[1] = _mm512_fmadd_ps(a, high, sums[1]);
             }
             a = a.add(1);
             b = b.add(COLUMNS);
         }
     }
     let (low, high) = (lanes(tile.columns), lanes(tile.columns.saturating_sub(16)));
-    for r in 0..R {
+    for (r, sums) in sums.iter_mut().enumerate() {
         // SAFETY: row r of C; lanes outside its columns are masked off and not touched.
         unsafe {
             let c = tile.c.add(r * tile.ldc);
             let next = c.wrapping_add(16);
             if tile.accumulate {
-                sums[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(low, c), sums[r][0]);
-                sums[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(high, next), sums[r][1]);
+                sums[0] = _mm512_add_ps(_mm512_maskz_loadu_ps(low, c), sums[0]);
+                sums[1] = _mm512_add_ps(_mm512_maskz_loadu_ps(high, next), sums[1]);
             }
-            _mm512_mask_storeu_ps(c, low, sums[r][0]);
-            _mm512_mask_storeu_ps(next, high, sums[r][1]);
+            _mm512_mask_storeu_ps(c, low, sums[0]);
+            _mm512_mask_storeu_ps(next, high, sums[1]);
         }
     }
 }

@@ -12,13 +12,14 @@ impl Kernel for Baseline {
     const COLUMNS: usize = COLUMNS;
 
     unsafe fn multiply(tile: &Tile) {
-        match tile.rows {
-            // SAFETY (all arms): the caller's contract, for this number of rows.
-            1 => unsafe { multiply::<1>(tile) },
-            2 => unsafe { multiply::<2>(tile) },
-            3 => unsafe { multiply::<3>(tile) },
-            _ => unsafe { multiply::<4>(tile) },
-        }
+        let multiply = match tile.rows {
+            1 => multiply::<1>,
+            2 => multiply::<2>,
+            3 => multiply::<3>,
+            _ => multiply::<4>,
+        };
+        // SAFETY: the caller's contract.
+        unsafe { multiply(tile) }
     }
 
     unsafe fn pack(b: &MatrixB, part: Part, panel: &mut [f32]) {
