@@ -2,6 +2,7 @@
 
 use crate::device::{Context, Device};
 use crate::error::Result;
+use crate::ops::kernels::{self, Level};
 use crate::tensor::rng::Philox;
 use crate::tensor::{DType, Tensor};
 
@@ -36,7 +37,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Tensor {
 /// The numbers of a float tensor, exactly.
 pub fn wide(x: &Tensor) -> Vec<f64> {
     let mut values = vec![0f32; x.elements()];
-    super::kernels::widen(x, 0, &mut values).unwrap();
+    kernels::widen(x, 0, &mut values).unwrap();
     values.into_iter().map(f64::from).collect()
 }
 
@@ -49,7 +50,22 @@ pub fn close(actual: &Tensor, dims: &[usize], expected: &[f64], tolerance: f64) 
     }
 }
 
-/// The result of `op`, after checking that 1, 2 and 5 threads give the same bits.
+/// Panics unless two results are close, as those of different instruction sets are.
+fn similar(a: &Tensor, b: &Tensor, level: Level) {
+    assert_eq!(a.dims(), b.dims());
+    if let (Ok(a), Ok(b)) = (a.slice::<f32>(), b.slice::<f32>()) {
+        let scale = a.iter().fold(1f32, |m, v| m.max(v.abs()));
+        let same = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * scale;
+        assert!(a.iter().zip(b).all(same), "{level:?} differs");
+    }
+    if let (Ok(a), Ok(b)) = (a.slice::<i64>(), b.slice::<i64>()) {
+        let differing = a.iter().zip(b).filter(|(a, b)| a != b).count();
+        assert!(differing * 50 <= a.len(), "{level:?} chooses {differing} of {} otherwise", a.len());
+    }
+}
+
+/// The result of `op`, after checking that 1, 2 and 5 threads give the same bits, and poorer instruction sets
+/// about the same numbers.
 pub fn on_threads(op: impl Fn(&Context) -> Result<Tensor>) -> Tensor {
     let mut results =
         [1, 2, 5].map(|threads| op(&Context::new(&Device::cpu(threads).unwrap())).unwrap()).to_vec();
@@ -58,6 +74,7 @@ pub fn on_threads(op: impl Fn(&Context) -> Result<Tensor>) -> Tensor {
         assert_eq!(first.dims(), other.dims());
         assert!(first.bytes() == other.bytes(), "the bits depend on the thread count");
     }
+    kernels::at_poorer_levels(|level| similar(&first, &op(&cx()).unwrap(), level));
     first
 }
 

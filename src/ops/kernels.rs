@@ -123,18 +123,43 @@ pub(crate) fn channel_vector(
     widened(cx, what, vector)
 }
 
-/// An instruction set that kernels are compiled for.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// An instruction set that kernels are compiled for, poorest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
+    Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What [`level`] answers on this thread.
+    static FORCED: std::cell::Cell<Option<Level>> = const { std::cell::Cell::new(None) };
+}
+
+/// Runs `body` once at each level below the best of this processor, if its loops run on this thread alone.
+#[cfg(test)]
+pub(crate) fn at_poorer_levels(mut body: impl FnMut(Level)) {
+    let best = level();
+    #[cfg(target_arch = "x86_64")]
+    let poorer = [Level::Baseline, Level::Avx2];
+    #[cfg(not(target_arch = "x86_64"))]
+    let poorer = [Level::Baseline];
+    for level in poorer.into_iter().filter(|&level| level < best) {
+        FORCED.set(Some(level));
+        body(level);
+        FORCED.set(None);
+    }
 }
 
 /// The best instruction set of this processor.
 pub(crate) fn level() -> Level {
+    #[cfg(test)]
+    if let Some(level) = FORCED.get() {
+        return level;
+    }
     #[cfg(target_arch = "x86_64")]
     {
         let fma = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
