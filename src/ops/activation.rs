@@ -5,17 +5,28 @@ use crate::ops::kernels::{exp, mul_add, per_cpu};
 /// A pointwise nonlinearity.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Activation {
-    /// x.
+    /// x
     #[default]
     None,
-    /// max(x, 0).
-    Relu,
-    /// x where it is positive, else this many times x.
-    LeakyRelu(f32),
-    /// x Phi(x), exact (not the tanh form).
+    /// 0.5 x (1 + erf(x / sqrt 2))
     Gelu,
-    /// x sigmoid(x).
+    /// x sigmoid(1.702 x)
+    QuickGelu,
+    /// x sigmoid(x)
     Silu,
+    /// 1 / (1 + e^-x)
+    Sigmoid,
+    /// max(x, 0)
+    Relu,
+    /// x if positive, else slope * x
+    LeakyRelu(f32),
+}
+
+impl Activation {
+    /// x <- act(x) for every value, on the calling thread.
+    pub fn apply(self, values: &mut [f32]) {
+        apply_to(values, self);
+    }
 }
 
 /// erf to within 2e-7 (Abramowitz and Stegun 7.1.26).
@@ -33,7 +44,7 @@ fn erf<const FMA: bool>(x: f32) -> f32 {
 
 /// Applies `activation` in place.
 #[inline(always)]
-pub(crate) fn apply<const FMA: bool>(values: &mut [f32], activation: Activation) {
+fn apply<const FMA: bool>(values: &mut [f32], activation: Activation) {
     match activation {
         Activation::None => {}
         Activation::Relu => values.iter_mut().for_each(|v| *v = v.max(0.0)),
@@ -45,9 +56,19 @@ pub(crate) fn apply<const FMA: bool>(values: &mut [f32], activation: Activation)
                 *v = 0.5 * *v * (1.0 + erf::<FMA>(*v * std::f32::consts::FRAC_1_SQRT_2));
             }
         }
+        Activation::QuickGelu => {
+            for v in values {
+                *v /= 1.0 + exp::<FMA>(-1.702 * *v);
+            }
+        }
         Activation::Silu => {
             for v in values {
                 *v /= 1.0 + exp::<FMA>(-*v);
+            }
+        }
+        Activation::Sigmoid => {
+            for v in values {
+                *v = 1.0 / (1.0 + exp::<FMA>(-*v));
             }
         }
     }
@@ -55,34 +76,13 @@ pub(crate) fn apply<const FMA: bool>(values: &mut [f32], activation: Activation)
 
 per_cpu! {
     /// Applies `activation` in place.
-    pub(crate) fn apply_to(values: &mut [f32], activation: Activation) = apply
+    fn apply_to(values: &mut [f32], activation: Activation) = apply
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// The definitions, in f64.
-    pub fn naive(activation: Activation, x: f64) -> f64 {
-        match activation {
-            Activation::None => x,
-            Activation::Relu => x.max(0.0),
-            Activation::LeakyRelu(slope) => x.max(0.0) + f64::from(slope) * x.min(0.0),
-            Activation::Silu => x / (1.0 + (-x).exp()),
-            Activation::Gelu => {
-                // Phi by Simpson's rule over the density from 0.
-                let (steps, density) = (2000, |t: f64| (-t * t / 2.0).exp());
-                let h = x / f64::from(steps);
-                let sum: f64 = (0..steps)
-                    .map(|i| {
-                        let t = f64::from(i) * h;
-                        density(t) + 4.0 * density(t + h / 2.0) + density(t + h)
-                    })
-                    .sum();
-                x * (0.5 + sum * h / 6.0 / std::f64::consts::TAU.sqrt())
-            }
-        }
-    }
+    use crate::ops::check;
 
     #[test]
     fn agrees_with_the_definition() {
@@ -91,13 +91,15 @@ pub(crate) mod tests {
             Activation::Relu,
             Activation::LeakyRelu(0.2),
             Activation::Gelu,
+            Activation::QuickGelu,
             Activation::Silu,
+            Activation::Sigmoid,
         ] {
             let inputs: Vec<f32> = (-300..=300).map(|i| i as f32 / 25.0).chain([-90.0, 90.0]).collect();
             let mut values = inputs.clone();
             apply_to(&mut values, activation);
             for (&x, &y) in inputs.iter().zip(&values) {
-                let expected = naive(activation, f64::from(x));
+                let expected = check::activation(activation, f64::from(x));
                 let error = (f64::from(y) - expected).abs() / expected.abs().max(1.0);
                 assert!(error < 1e-6, "{activation:?}({x}) = {y}, expected {expected}");
             }

@@ -2,6 +2,7 @@
 
 use crate::device::{Context, Device};
 use crate::error::Result;
+use crate::ops::activation::Activation;
 use crate::ops::kernels::{self, Level};
 use crate::tensor::rng::Philox;
 use crate::tensor::{DType, Tensor};
@@ -87,4 +88,28 @@ pub fn on_batch(x: &Tensor, op: impl Fn(&Context, &Tensor, usize, usize) -> Resu
         assert!(alone.bytes() == whole.narrow(n, 1).unwrap().bytes(), "the bits depend on the batch");
     }
     whole
+}
+
+/// The definitions of the activations, in f64.
+pub fn activation(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::None => x,
+        Activation::Relu => x.max(0.0),
+        Activation::LeakyRelu(slope) => x.max(0.0) + f64::from(slope) * x.min(0.0),
+        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => {
+            // Phi by Simpson's rule over the density from 0.
+            let (steps, density) = (2000, |t: f64| (-t * t / 2.0).exp());
+            let h = x / f64::from(steps);
+            let sum: f64 = (0..steps)
+                .map(|i| {
+                    let t = f64::from(i) * h;
+                    density(t) + 4.0 * density(t + h / 2.0) + density(t + h)
+                })
+                .sum();
+            x * (0.5 + sum * h / 6.0 / std::f64::consts::TAU.sqrt())
+        }
+    }
 }

@@ -4,7 +4,7 @@
 
 use crate::device::Context;
 use crate::error::Result;
-use crate::ops::activation::{self, Activation};
+use crate::ops::activation::Activation;
 use crate::ops::kernels::{self, dot, mul_add, per_cpu};
 use crate::tensor::Tensor;
 
@@ -53,7 +53,7 @@ pub(crate) fn product(
         for (o, v) in out.iter_mut().enumerate() {
             *v = *v * scale.map_or(1.0, |s| s[o]) + bias.map_or(0.0, |b| b[o]);
         }
-        activation::apply_to(out, epilogue.activation);
+        epilogue.activation.apply(out);
         if let Some(residual) = residual {
             for (v, r) in out.iter_mut().zip(&residual[(first_row + r) * outputs..]) {
                 *v = mul_add::<false>(*v, epilogue.gain, *r);

@@ -5,7 +5,7 @@
 //! A tap outside a zero-padded image is left out. The order of a sum is that of the taps, then of the group.
 
 use super::{MAX_KERNEL, Padding, Sizes};
-use crate::ops::activation::{self, Activation};
+use crate::ops::activation::Activation;
 use crate::ops::kernels::{Level, level, mul_add};
 use crate::ops::layer_norm::cpu::moments;
 
@@ -231,7 +231,7 @@ fn finish<const FMA: bool>(job: &Job, pixel: usize, out: &mut [f32]) {
                 for (v, (scale, shift)) in out.iter_mut().zip(scale.iter().zip(shift)) {
                     *v = mul_add::<FMA>(*v, *scale, *shift);
                 }
-                activation::apply::<FMA>(out, activation);
+                activation.apply(out);
             }
         }
     }
