@@ -17,6 +17,7 @@ pub use device::{CancelToken, Context, Device};
 pub use error::{Error, Result};
 pub use image::Image;
 pub use pipeline::{
-    Choice, GenerateOptions, Job, LogLevel, Model, ModelInfo, ModelOptions, Progress, Residency, Sampler, Stage,
+    Choice, GenerateOptions, Job, LogLevel, Model, ModelInfo, ModelOptions, Progress, Residency, Sampler,
+    Stage,
 };
 pub use tensor::{DType, Tensor};

@@ -220,8 +220,7 @@ fn stage_b_multinomial_follows_its_distribution() {
     let shape = case.shape("step.0.probs").to_vec();
     for step in 0..sampling.steps {
         let tokens = case.tokens(&format!("step.{step}.input_tokens"));
-        let [conditional, unconditional] =
-            features(&cx, &case, &tokens, step, &sampling.times()).unwrap();
+        let [conditional, unconditional] = features(&cx, &case, &tokens, step, &sampling.times()).unwrap();
         let (_, probabilities) = channels_last(&shape, case.floats(&format!("step.{step}.probs")));
         let labels = shape[1];
         let sites = probabilities.len() / labels;
@@ -293,7 +292,8 @@ fn check_pipeline(name: &str, folder: &std::path::Path) {
     let (cx, case) = (context(), Case::read(name));
     let settings = &case.settings;
     let model = Model::open(folder, &ModelOptions::default()).unwrap();
-    let prompts: Vec<&str> = settings["prompts"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
+    let prompts: Vec<&str> =
+        settings["prompts"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
     let negative = settings["negative_prompt"].as_str().unwrap();
     let number = |key: &str| settings[key].as_u64().unwrap() as u32;
     let mut options = GenerateOptions::new(&model).unwrap();
@@ -311,14 +311,12 @@ fn check_pipeline(name: &str, folder: &std::path::Path) {
     let uncond = model.encode_text(Stage::C, &vec![negative; prompts.len()]).unwrap();
     case.assert_tensor("uncond_text", &uncond, NETWORK_TOLERANCE);
 
-    let names = [
-        (Draw::LatentStep, "c_noise.{}"),
-        (Draw::TokenStart, "b_init"),
-        (Draw::TokenRenoise, "b_u.{}"),
-    ];
+    let names =
+        [(Draw::LatentStep, "c_noise.{}"), (Draw::TokenStart, "b_init"), (Draw::TokenRenoise, "b_u.{}")];
     let mut noise = RecordedNoise { case: &case, names: &names };
     let start = case.image("c_init");
-    let latents = model.stage_c_sample_with(&text, Some(&uncond), Some(&start), &options, &mut noise).unwrap();
+    let latents =
+        model.stage_c_sample_with(&text, Some(&uncond), Some(&start), &options, &mut noise).unwrap();
     case.assert_image(&format!("c.x.{}", number("c_steps")), &latents, NETWORK_TOLERANCE);
 
     // The guidance of the recorded walks changes over the steps, which the options do not offer: the walk is
@@ -327,7 +325,11 @@ fn check_pipeline(name: &str, folder: &std::path::Path) {
     case.assert_tokens("tokens", &tokens);
     let pixels = model.stage_a_decode(&tokens).unwrap();
     case.assert_image("image", &pixels, NETWORK_TOLERANCE);
-    for (i, expected) in case.integers("image_u8").chunks(number("image_width") as usize * number("image_height") as usize * 3).enumerate() {
+    for (i, expected) in case
+        .integers("image_u8")
+        .chunks(number("image_width") as usize * number("image_height") as usize * 3)
+        .enumerate()
+    {
         let image = wuerstchen::image::from_pixels(&pixels.narrow(i, 1).unwrap()).unwrap();
         let worst = image.data().iter().zip(expected).map(|(f, e)| (i64::from(*f) - e).abs()).max();
         assert!(worst <= Some(1), "{name}: picture {i} is off by {worst:?}");

@@ -100,16 +100,16 @@ macro_rules! simd_dispatch {
         $(#[$meta])*
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body<const $fma: bool>($($arg: $ty),*) $(-> $ret)? $body
+            fn dispatched<const $fma: bool>($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
             fn avx512($($arg: $ty),*) $(-> $ret)? {
-                body::<true>($($arg),*)
+                dispatched::<true>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2($($arg: $ty),*) $(-> $ret)? {
-                body::<true>($($arg),*)
+                dispatched::<true>($($arg),*)
             }
             match $crate::device::simd::level() {
                 #[cfg(target_arch = "x86_64")]
@@ -118,7 +118,7 @@ macro_rules! simd_dispatch {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::device::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
-                _ => body::<false>($($arg),*),
+                _ => dispatched::<false>($($arg),*),
             }
         }
     };

@@ -100,8 +100,7 @@ impl TokenSampling {
         for step in 0..self.steps {
             cx.check()?;
             let choice = if step >= self.quant_from { Choice::Quant } else { self.choice };
-            let asked =
-                TokenStep { step, guidance: guidance[step], temperature: temperature[step], choice };
+            let asked = TokenStep { step, guidance: guidance[step], temperature: temperature[step], choice };
             let drawn = match choice {
                 Choice::Multinomial => Some(uniforms(cx, start.dims(), noise, Draw::TokenChoice, step)?),
                 Choice::Argmax | Choice::Quant => None,

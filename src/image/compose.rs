@@ -78,7 +78,11 @@ impl Image {
         for other in [below, mask] {
             if (other.width, other.height) != (self.width, self.height) {
                 let expected = format!("{} x {} pixels", self.width, self.height);
-                return Err(Error::argument("pictures", expected, format!("{} x {}", other.width, other.height)));
+                return Err(Error::argument(
+                    "pictures",
+                    expected,
+                    format!("{} x {}", other.width, other.height),
+                ));
             }
         }
         Image::build(self.width, self.height, |out| {

@@ -22,7 +22,7 @@ pub fn embedding(cx: &Context, ids: &Tensor, table: &Tensor) -> Result<Tensor> {
         return Err(Error::argument("embedding ids", format!("less than {MAX_RANK} dimensions"), rank));
     }
     let numbers = ids.slice::<i64>()?;
-    if let Some(id) = numbers.iter().find(|&&id| usize::try_from(id).is_ok_and(|id| id < count) == false) {
+    if let Some(id) = numbers.iter().find(|&&id| !usize::try_from(id).is_ok_and(|id| id < count)) {
         return Err(Error::argument("embedding ids", format!("ids within 0 .. {count}"), id));
     }
     let mut dims = [channels; MAX_RANK];

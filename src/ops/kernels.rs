@@ -8,6 +8,9 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::device::Context;
+#[cfg(test)]
+use crate::device::simd;
+pub(crate) use crate::device::simd::fma as mul_add;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
@@ -123,72 +126,28 @@ pub(crate) fn channel_vector(
     widened(cx, what, vector)
 }
 
-/// An instruction set that kernels are compiled for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Level {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    Baseline,
-}
-
-/// The best instruction set of this processor.
-pub(crate) fn level() -> Level {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let fma = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        let wide = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq");
-        if fma && wide {
-            return Level::Avx512;
-        }
-        if fma {
-            return Level::Avx2;
-        }
+/// Runs `body` once at each level below the best of this processor, if its loops run on this thread alone.
+#[cfg(test)]
+pub(crate) fn at_poorer_levels(mut body: impl FnMut(simd::Level)) {
+    let best = simd::level();
+    for level in simd::Level::available().filter(|&level| level < best) {
+        simd::tests::at_level(level, || body(level));
     }
-    Level::Baseline
 }
 
 /// Defines a function that runs the `#[inline(always)]` function `$body::<FMA>` compiled for the best
-/// instruction set of the processor. `FMA` says whether fused multiply-add is an instruction there.
+/// instruction set of the processor: [`simd_dispatch!`](crate::simd_dispatch) for a body that has a name.
 macro_rules! per_cpu {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
-        $(#[$doc])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-            fn avx512($($arg: $ty),*) $(-> $ret)? {
-                $body::<true>($($arg),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $ty),*) $(-> $ret)? {
-                $body::<true>($($arg),*)
-            }
-            match $crate::ops::kernels::level() {
-                // SAFETY: `level` found these instructions on this processor.
-                #[cfg(target_arch = "x86_64")]
-                $crate::ops::kernels::Level::Avx512 => unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                $crate::ops::kernels::Level::Avx2 => unsafe { avx2($($arg),*) },
-                $crate::ops::kernels::Level::Baseline => {
-                    $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
-                }
+        $crate::simd_dispatch! {
+            $(#[$doc])*
+            $vis fn $name<const FMA: bool>($($arg: $ty),*) $(-> $ret)? {
+                $body::<FMA>($($arg),*)
             }
         }
     };
 }
 pub(crate) use per_cpu;
-
-/// `a * b + c`, fused where that is one instruction.
-#[inline(always)]
-pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA { a.mul_add(b, c) } else { a * b + c }
-}
 
 /// Partial sums that a reduction keeps side by side.
 const LANES: usize = 32;
@@ -256,26 +215,4 @@ pub(crate) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
         *lane = mul_add::<FMA>(*x, *y, *lane);
     }
     fold(lanes)
-}
-
-/// e^x to within two units in the last place; 0 below -87.
-#[inline(always)]
-pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
-    /// Adding it rounds to an integer, which then lies in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = x.clamp(-87.0, 88.0);
-    let rounded = mul_add::<FMA>(clamped, std::f32::consts::LOG2_E, ROUND);
-    let n = rounded - ROUND;
-    let r = mul_add::<FMA>(n, -LN2_LOW, mul_add::<FMA>(n, -LN2_HIGH, clamped));
-    let mut p = mul_add::<FMA>(1.987_569_1e-4, r, 1.398_2e-3);
-    p = mul_add::<FMA>(p, r, 8.333_452e-3);
-    p = mul_add::<FMA>(p, r, 4.166_579_6e-2);
-    p = mul_add::<FMA>(p, r, 1.666_666_5e-1);
-    p = mul_add::<FMA>(p, r, 0.5);
-    p = mul_add::<FMA>(p * r, r, r) + 1.0;
-    let exponent = rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
-    let value = p * f32::from_bits(exponent << 23);
-    if x < -87.0 { 0.0 } else { value }
 }

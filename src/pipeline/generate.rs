@@ -149,7 +149,8 @@ impl Run<'_> {
         let (total, chunks) = (requests.len(), requests.len().div_ceil(at_once));
         let mut images = Vec::new();
         images.try_reserve_exact(total).map_err(|_| Error::out_of_memory("pictures", total))?;
-        for (chunk, (requests, latents)) in requests.chunks(at_once).zip(latents.chunks(at_once)).enumerate() {
+        for (chunk, (requests, latents)) in requests.chunks(at_once).zip(latents.chunks(at_once)).enumerate()
+        {
             let texts = self.select(texts, requests, walk.is_guided())?;
             let latents = concat(&self.cx, &latents.iter().collect::<Vec<_>>())?;
             let mut noise = SeededNoise::new(requests.iter().map(|r| r.seed).collect());

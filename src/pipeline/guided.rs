@@ -100,9 +100,7 @@ impl Guided {
                 let out = forward(&concat(cx, &[x, x])?, both)?;
                 Ok((out.narrow(0, self.samples)?, Some(out.narrow(self.samples, self.samples)?)))
             }
-            [conditional, unconditional] => {
-                Ok((forward(x, conditional)?, Some(forward(x, unconditional)?)))
-            }
+            [conditional, unconditional] => Ok((forward(x, conditional)?, Some(forward(x, unconditional)?))),
             passes => Ok((forward(x, passes.first().map_or(&[], Vec::as_slice))?, None)),
         }
     }

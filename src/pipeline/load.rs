@@ -61,7 +61,8 @@ pub(super) fn text(root: &Path, index: &config::ModelIndex) -> Result<TextPart> 
     }
     let read = config::TextEncoderConfig::read(&root.join("text_encoder"))?;
     let id = |id: usize| u32::try_from(id).ok();
-    let ids = SpecialIds { bos: id(read.bos_token_id), eos: id(read.eos_token_id), pad: id(read.pad_token_id) };
+    let ids =
+        SpecialIds { bos: id(read.bos_token_id), eos: id(read.eos_token_id), pad: id(read.pad_token_id) };
     let tokenizer = Tokenizer::open_with(&root.join("tokenizer"), ids)?;
     Ok(TextPart { tower, tokenizer, length, mask_padding: index.text_attention_mask })
 }

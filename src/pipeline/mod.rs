@@ -13,6 +13,4 @@ mod stage_calls;
 pub use generate_options::GenerateOptions;
 pub use job::Job;
 pub use model::{Model, ModelInfo};
-pub use options::{
-    Choice, LogFn, LogLevel, ModelOptions, Progress, ProgressFn, Residency, Sampler, Stage,
-};
+pub use options::{Choice, LogFn, LogLevel, ModelOptions, Progress, ProgressFn, Residency, Sampler, Stage};

@@ -94,7 +94,10 @@ impl Model {
         let index = ModelIndex::read(path)?;
         if index.pipeline != Pipeline::V1 {
             let what = format!("generation {} of the model family", index.pipeline.generation());
-            return Err(Error::unsupported(what, "this version runs the paper's model, WuerstchenV1Pipeline"));
+            return Err(Error::unsupported(
+                what,
+                "this version runs the paper's model, WuerstchenV1Pipeline",
+            ));
         }
         let inner = Inner {
             stage_a: load::stage_a(&path.join("stage_a"))?,
@@ -208,8 +211,8 @@ impl Model {
 
     /// Sides of pictures are multiples of this many pixels.
     pub(super) fn size_multiple(&self) -> u32 {
-        let multiple =
-            self.inner.stage_a.network.config().factor() * self.inner.stage_b.network.config().grid_multiple();
+        let multiple = self.inner.stage_a.network.config().factor()
+            * self.inner.stage_b.network.config().grid_multiple();
         u32::try_from(multiple).unwrap_or(u32::MAX)
     }
 
@@ -242,9 +245,10 @@ impl Model {
     /// # Errors
     /// `Unsupported` if the folder has no image encoder.
     pub(super) fn image_encoder(&self) -> Result<&ImagePart> {
-        self.inner.image.as_ref().ok_or_else(|| {
-            Error::unsupported("a picture as input", "the model folder has no image_encoder")
-        })
+        self.inner
+            .image
+            .as_ref()
+            .ok_or_else(|| Error::unsupported("a picture as input", "the model folder has no image_encoder"))
     }
 
     /// Gives the pages of a stage back to the system if only the running stage should stay.

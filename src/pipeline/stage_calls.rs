@@ -14,7 +14,6 @@ use crate::image::{Fit, Image, preprocess, to_pixels};
 use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
 
-
 impl Model {
     fn context(&self) -> Context {
         Context::new(&self.inner.device)
@@ -268,7 +267,8 @@ impl Model {
             let cx = self.context_of(options);
             let walk = LatentWalk::new(self, options, &cx, grid)?;
             let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
-            let start = initial_noise.map(|x| Tensor::from_parts(&cx, "latents", x.dims(), &[x])).transpose()?;
+            let start =
+                initial_noise.map(|x| Tensor::from_parts(&cx, "latents", x.dims(), &[x])).transpose()?;
             let latents = walk.run(&texts, noise, start, &mut |_| Ok(()))?;
             super::sampling::check_finite(&latents, "Stage C", &self.inner.stage_c.weights)?;
             Ok(latents)

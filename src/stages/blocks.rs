@@ -151,7 +151,13 @@ impl ResponseMlp {
     }
 
     /// `modulation` is that of the TimestepBlock that follows: it costs nothing where the sum is written.
-    fn forward(&self, cx: &Context, x: Tensor, residual: &Tensor, modulation: Option<&Tensor>) -> Result<Tensor> {
+    fn forward(
+        &self,
+        cx: &Context,
+        x: Tensor,
+        residual: &Tensor,
+        modulation: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let then = Epilogue { activation: Activation::Gelu, ..Epilogue::default() };
         let hidden = self.expand.forward_then(cx, &x, then)?;
         drop(x);
@@ -243,11 +249,7 @@ fn key_values<'a>(tensor: &'a Tensor, start: usize, index: Option<&'a [usize]>) 
     let width = tensor.shape().channels();
     // Two halves after the queries, which take `start` columns.
     let channels = (width - start) / 2;
-    KeyValues {
-        keys: Columns { tensor, start },
-        values: Columns { tensor, start: start + channels },
-        index,
-    }
+    KeyValues { keys: Columns { tensor, start }, values: Columns { tensor, start: start + channels }, index }
 }
 
 /// The sizes of an [`AttnBlock`].
@@ -307,7 +309,10 @@ pub struct Conditioning<'a> {
 enum Body {
     Res(ResBlock),
     FeedForward(FeedForwardBlock),
-    Attn { block: AttnBlock, ordinal: usize },
+    Attn {
+        block: AttnBlock,
+        ordinal: usize,
+    },
     /// A level that starts with a TimestepBlock: nothing comes before its modulation.
     Identity,
 }

@@ -139,7 +139,14 @@ struct Depthwise {
 }
 
 impl Depthwise {
-    fn load(p: &Params, channels: usize, squeezed: usize, s: &StageConfig, stride: usize, eps: f32) -> Result<Self> {
+    fn load(
+        p: &Params,
+        channels: usize,
+        squeezed: usize,
+        s: &StageConfig,
+        stride: usize,
+        eps: f32,
+    ) -> Result<Self> {
         let conv = p.sub("depthwise");
         Ok(Depthwise {
             weight: conv.tensor("weight", &[channels, 1, s.kernel, s.kernel])?,

@@ -4,8 +4,8 @@ use super::blocks::NORM_EPS;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::nn::{BatchNorm, ChannelAffine, Linear, Params};
-use crate::ops::conv2d::{Conv2d, conv2d};
 use crate::ops::conv_transpose2d::{ConvTranspose2d, conv_transpose2d};
+use crate::ops::conv2d::{Conv2d, conv2d};
 use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
 use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::{LayerNorm, layer_norm};
@@ -103,11 +103,11 @@ impl Block {
 
     fn forward(&self, cx: &Context, x: Tensor) -> Result<Tensor> {
         let gammas = widen(cx, &self.gammas)?;
-        let &[scale_conv, shift_conv, gain_conv, scale_mlp, shift_mlp, gain_mlp] = gammas.slice::<f32>()? else {
+        let &[scale_conv, shift_conv, gain_conv, scale_mlp, shift_mlp, gain_mlp] = gammas.slice::<f32>()?
+        else {
             return Err(Error::internal("stage A block", "six scalars were loaded"));
         };
-        let norm =
-            LayerNorm { eps: NORM_EPS, affine: None, scale: 1.0 + scale_conv, shift: shift_conv };
+        let norm = LayerNorm { eps: NORM_EPS, affine: None, scale: 1.0 + scale_conv, shift: shift_conv };
         let conv = DepthwiseConv {
             weight: &self.depthwise_weight,
             bias: Some(&self.depthwise_bias),

@@ -2,7 +2,7 @@
 //! 2023). A U-Net over the token grid.
 
 use super::blocks::{
-    AttnConfig, Attended, Blocks, Conditioning, Invariants, Modulations, RunConfig, attend, channel_norm,
+    Attended, AttnConfig, Blocks, Conditioning, Invariants, Modulations, RunConfig, attend, channel_norm,
 };
 use crate::device::Context;
 use crate::error::{Error, Result};

@@ -1,7 +1,7 @@
 //! Stage C: the text-conditional diffusion model in the 42x compressed latent space (paper, section 3.2).
 
 use super::blocks::{
-    AttnConfig, Attended, Blocks, Conditioning, Invariants, Modulations, RunConfig, attend, channel_norm,
+    Attended, AttnConfig, Blocks, Conditioning, Invariants, Modulations, RunConfig, attend, channel_norm,
 };
 use crate::device::Context;
 use crate::error::Result;
@@ -94,8 +94,7 @@ impl StageC {
     /// # Errors
     /// `InvalidArgument` for another width; `OutOfMemory`; `Cancelled`.
     pub fn attend_to_text(&self, cx: &Context, text: &Tensor) -> Result<Attended> {
-        let leaky =
-            Epilogue { activation: Activation::LeakyRelu(TEXT_MAPPER_SLOPE), ..Epilogue::default() };
+        let leaky = Epilogue { activation: Activation::LeakyRelu(TEXT_MAPPER_SLOPE), ..Epilogue::default() };
         let hidden = self.text_in.forward_then(cx, text, leaky)?;
         let mapped = self.text_out.forward(cx, &hidden)?;
         attend(cx, std::iter::once(&self.blocks), &mapped)

@@ -78,7 +78,8 @@ impl Layer {
         let whole = |tensor| Columns { tensor, start: 0 };
         let segment = KeyValues { keys: whole(&key), values: whole(&value), index: None };
         let attended = attention(cx, whole(&query), config.width, config.heads, &[segment], mask)?;
-        let x = self.output.forward_then(cx, &attended, Epilogue { residual: Some(x), ..Epilogue::default() })?;
+        let x =
+            self.output.forward_then(cx, &attended, Epilogue { residual: Some(x), ..Epilogue::default() })?;
 
         let then = Epilogue { activation: config.activation, ..Epilogue::default() };
         let hidden = self.expand.forward_then(cx, &self.norm_mlp.forward(cx, &x)?, then)?;

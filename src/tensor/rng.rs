@@ -134,8 +134,8 @@ fn ln(x: f64) -> f64 {
     const SQRT_HALF_BITS: u64 = 0x3FE6_A09E_667F_3BCD;
     const ONE_BITS: u64 = 0x3FF0_0000_0000_0000;
     /// ln 2 = HIGH + LOW; HIGH ends in zeros, so that e * HIGH is exact.
-    const LN2_HIGH: f64 = 6.931_471_803_691_238_2e-1;
-    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+    const LN2_HIGH: f64 = f64::from_bits(0x3FE6_2E42_FEE0_0000);
+    const LN2_LOW: f64 = f64::from_bits(0x3DEA_39EF_3579_3C76);
     let bits = x.to_bits() + (ONE_BITS - SQRT_HALF_BITS);
     let e = f64::from((bits >> 52) as i32 - 1023);
     let m = f64::from_bits((bits & 0x000F_FFFF_FFFF_FFFF) + SQRT_HALF_BITS);

@@ -86,11 +86,8 @@ fn increment_first(name: &str) -> String {
 
 /// Stage A, the authors' `VQModel`. `levels` says how many layers the encoder has before its last.
 pub fn stage_a(name: &str, levels: usize) -> String {
-    const BLOCK: Parts = &[
-        ("depthwise", "depthwise.1"),
-        ("expand", "channelwise.0"),
-        ("project", "channelwise.2"),
-    ];
+    const BLOCK: Parts =
+        &[("depthwise", "depthwise.1"), ("expand", "channelwise.0"), ("project", "channelwise.2")];
     // A block per level, and a convolution between each two.
     let encoder_layers = 2 * levels - 1;
     let parts: Vec<&str> = name.splitn(3, '.').collect();

@@ -131,7 +131,8 @@ impl Case {
 /// ‖found − expected‖ / ‖expected‖; infinite if anything is not a number.
 pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
-    let difference: f64 = found.iter().zip(expected).map(|(f, e)| (f64::from(*f) - f64::from(*e)).powi(2)).sum();
+    let difference: f64 =
+        found.iter().zip(expected).map(|(f, e)| (f64::from(*f) - f64::from(*e)).powi(2)).sum();
     let norm: f64 = expected.iter().map(|e| f64::from(*e).powi(2)).sum();
     let error = (difference / norm.max(f64::MIN_POSITIVE)).sqrt();
     if error.is_nan() { f64::INFINITY } else { error }

@@ -3,9 +3,9 @@
 mod cpu;
 
 use crate::device::Context;
+use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
-use crate::device::gemm::Layout;
 pub use crate::ops::linear::Epilogue;
 use crate::ops::linear::{Rows, product};
 use crate::tensor::{DType, Tensor};
@@ -131,7 +131,7 @@ fn reorder(cx: &Context, weight: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::activation::{self, Activation};
+    use crate::ops::activation::Activation;
     use crate::ops::check;
 
     fn naive(x: &Tensor, p: &Conv2d, bias: &[f64]) -> (Vec<usize>, Vec<f64>) {
@@ -189,7 +189,7 @@ mod tests {
             let expected: Vec<f64> = expected
                 .iter()
                 .zip(check::wide(&residual))
-                .map(|(&v, r)| r + 0.5 * activation::tests::naive(Activation::Silu, v))
+                .map(|(&v, r)| r + 0.5 * check::activation(Activation::Silu, v))
                 .collect();
             check::close(&y, &out_dims, &expected, 2e-6);
         }

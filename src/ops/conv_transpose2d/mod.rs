@@ -4,9 +4,9 @@
 mod cpu;
 
 use crate::device::Context;
+use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
-use crate::device::gemm::Layout;
 use crate::ops::linear::{Epilogue, Rows, product};
 use crate::tensor::{DType, Tensor};
 

@@ -5,8 +5,9 @@
 //! A tap outside a zero-padded image is left out. The order of a sum is that of the taps, then of the group.
 
 use super::{MAX_KERNEL, Padding, Sizes};
-use crate::ops::activation::{self, Activation};
-use crate::ops::kernels::{Level, level, mul_add};
+use crate::device::simd::{Level, level};
+use crate::ops::activation::Activation;
+use crate::ops::kernels::mul_add;
 use crate::ops::layer_norm::cpu::moments;
 
 /// Pixels done together: as many sums as hide the latency of one fused multiply-add.
@@ -231,7 +232,7 @@ fn finish<const FMA: bool>(job: &Job, pixel: usize, out: &mut [f32]) {
                 for (v, (scale, shift)) in out.iter_mut().zip(scale.iter().zip(shift)) {
                     *v = mul_add::<FMA>(*v, *scale, *shift);
                 }
-                activation::apply(out, activation);
+                activation.apply(out);
             }
         }
     }
@@ -244,20 +245,26 @@ fn body<const FMA: bool, V: Vector>(job: &Job, first_row: usize, out: &mut [f32]
     for (row, out) in (first_row..).zip(out.chunks_exact_mut(out_width * channels)) {
         let image = &job.input[row / out_height * image_size..][..image_size];
         let y = row % out_height;
+        // Between these columns every tap lies within the row.
+        let inner = (kernel / 2).div_ceil(stride).min(out_width);
+        let outer =
+            (width + kernel / 2).saturating_sub(kernel).checked_div(stride).map_or(0, |last| last + 1);
+        let outer = if width > kernel / 2 { outer.clamp(inner, out_width) } else { inner };
+        let group = [PIXELS, PIXELS / 2].into_iter().find(|&count| inner + count <= outer).unwrap_or(1);
         let mut x = 0;
         while x < out_width {
-            let last_column = (x + PIXELS - 1) * stride + kernel / 2;
-            let inside = x * stride >= kernel / 2 && x + PIXELS <= out_width && last_column < width;
-            let count = if inside { PIXELS } else { 1 };
-            let taps = Taps::of(job, y, x);
-            let out = &mut out[x * channels..(x + count) * channels];
-            if inside {
-                pixels::<FMA, V, PIXELS>(job, image, &taps, out);
-            } else {
-                pixels::<FMA, V, 1>(job, image, &taps, out);
+            let count = if x >= inner && x < outer { group } else { 1 };
+            // A last group that would not fit starts earlier: what it does again, it does the same.
+            let first = if count > 1 { x.min(outer - count) } else { x };
+            let taps = Taps::of(job, y, first);
+            let out = &mut out[first * channels..(first + count) * channels];
+            match count {
+                PIXELS => pixels::<FMA, V, PIXELS>(job, image, &taps, out),
+                1 => pixels::<FMA, V, 1>(job, image, &taps, out),
+                _ => pixels::<FMA, V, { PIXELS / 2 }>(job, image, &taps, out),
             }
-            finish::<FMA>(job, row * out_width + x, out);
-            x += count;
+            finish::<FMA>(job, row * out_width + first, out);
+            x = first + count;
         }
     }
 }

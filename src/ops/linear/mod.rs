@@ -8,7 +8,6 @@ use crate::device::gemm::{Gemm, Layout, MatrixB, Values, gemm};
 use crate::device::simd::fma;
 use crate::error::{Error, Result};
 pub use crate::ops::activation::Activation;
-use crate::ops::activation;
 use crate::ops::kernels;
 use crate::simd_dispatch;
 use crate::tensor::{DType, Tensor};
@@ -66,7 +65,13 @@ pub fn linear_transposed(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &E
     multiply(cx, x, weight, Layout::RowsAreInputs, epilogue)
 }
 
-fn multiply(cx: &Context, x: &Tensor, weight: &Tensor, layout: Layout, epilogue: &Epilogue) -> Result<Tensor> {
+fn multiply(
+    cx: &Context,
+    x: &Tensor,
+    weight: &Tensor,
+    layout: Layout,
+    epilogue: &Epilogue,
+) -> Result<Tensor> {
     let [rows, columns] = weight.dims_of("linear weight")?;
     let (outputs, inputs) = match layout {
         Layout::RowsAreOutputs => (rows, columns),
@@ -113,9 +118,8 @@ pub(crate) fn product(
     out: &mut [f32],
 ) -> Result<()> {
     let outputs = weight.elements() / rows.channels.max(1);
-    let vector = |what, v: Option<&Tensor>| {
-        v.map(|v| kernels::channel_vector(cx, what, v, outputs)).transpose()
-    };
+    let vector =
+        |what, v: Option<&Tensor>| v.map(|v| kernels::channel_vector(cx, what, v, outputs)).transpose();
     let scale = vector("linear channel scale", epilogue.channel_scale)?;
     let bias = vector("linear bias", epilogue.bias)?;
     let modulation = match epilogue.modulation {
@@ -137,7 +141,7 @@ pub(crate) fn product(
     gemm(cx, &gemm_sizes, out, outputs, |row, column, out| {
         let row = first_row + row;
         affine(out, scale.map(|s| &s[column..]), bias.map(|b| &b[column..]));
-        activation::apply(out, epilogue.activation);
+        epilogue.activation.apply(out);
         if let Some(residual) = residual {
             add_residual(out, epilogue.gain, &residual[row * outputs + column..]);
         } else if epilogue.gain != 1.0 {

@@ -1,8 +1,9 @@
 //! Choice of a token on the CPU: one row of logits, which lies in cache, at a time.
 
 use crate::device::Context;
+use crate::device::simd::exp;
 use crate::error::Result;
-use crate::ops::kernels::{self, SharedOut, dot, exp, mul_add, per_cpu};
+use crate::ops::kernels::{self, SharedOut, dot, mul_add, per_cpu};
 use crate::ops::vector_quantize;
 
 /// Probabilities that are summed in one go. Fixed, so that the order of the whole sum is.

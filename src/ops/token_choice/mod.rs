@@ -6,8 +6,8 @@ mod cpu;
 mod tests;
 
 use crate::device::Context;
-use crate::error::{Error, Result};
 use crate::device::gemm::Layout;
+use crate::error::{Error, Result};
 use crate::ops::linear::{Epilogue, Rows, product};
 use crate::ops::vector_quantize::Codes;
 use crate::tensor::{DType, Tensor};
@@ -79,7 +79,7 @@ pub fn choose_tokens(
     let mut means =
         Tensor::new(cx, "mean codes", &[chunk, codes.as_ref().map_or(0, Codes::dim)], DType::F32)?;
     for (i, tokens) in tokens.slice_mut::<i64>()?.chunks_mut(chunk).enumerate() {
-        let features = |x: &Tensor| Ok::<_, Error>(x.narrow(i * chunk, tokens.len())?);
+        let features = |x: &Tensor| x.narrow(i * chunk, tokens.len());
         let logits = &mut logits.slice_mut::<f32>()?[..tokens.len() * classes];
         fill_logits(cx, &features(cond)?, weight, logits)?;
         let others = others.slice_mut::<f32>()?;
