@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use wuerstchen::text::Tokenizer;
 use wuerstchen::weights::config::{ModelIndex, StageCConfig};
-use wuerstchen::weights::{STEMS, WeightFile, Weights, names};
+use wuerstchen::weights::{STEMS, WeightFile, Weights};
 use wuerstchen::{DType, Error};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
@@ -69,21 +69,6 @@ fn weights_of_a_stage() {
     assert_eq!(weights.parameters(), parameters as u64);
     drop(weights);
     assert_eq!(before.slice::<f32>().unwrap(), values, "a tensor keeps its mapping");
-}
-
-#[test]
-fn text_encoders_with_and_without_prefix() {
-    for (part, width) in
-        [("model/text_encoder", 24), ("extra/text_encoder_legacy", 20), ("extra/text_encoder_bigg", 28)]
-    {
-        let weights = Weights::open(&Path::new(FIXTURES).join(part), STEMS).unwrap();
-        let renamed = names::text_encoder(&weights);
-        let params = wuerstchen::nn::Params::new(&renamed);
-        let norm = params.sub("encoder.layers").sub(1).sub("layer_norm1");
-        assert_eq!(norm.tensor("weight", &[width]).unwrap().elements(), width);
-        assert!(norm.has("bias") && !norm.has("gamma"));
-        assert_eq!(params.has("text_projection.weight"), part.ends_with("bigg"));
-    }
 }
 
 #[test]

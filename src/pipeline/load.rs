@@ -13,7 +13,7 @@ use crate::stages::stage_c::{StageC, StageCConfig};
 use crate::stages::text_encoder::{TextEncoder, TextEncoderConfig};
 use crate::text::{SpecialIds, Tokenizer};
 use crate::weights::config::{self, EncoderBlockKind, HiddenAct};
-use crate::weights::{Renamed, Weights, v1};
+use crate::weights::{Renamed, STEMS, Weights, v1};
 
 /// A network and the mapped file that its weights lie in.
 #[derive(Debug)]
@@ -42,9 +42,6 @@ pub struct ImagePart {
     /// How the colours of its input are normalised.
     pub normalisation: Normalisation,
 }
-
-/// File stems under which weights are looked for.
-const STEMS: &[&str] = &["model", "diffusion_pytorch_model"];
 
 fn open(folder: &Path) -> Result<Weights> {
     Weights::open(folder, STEMS)
