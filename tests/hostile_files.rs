@@ -1,5 +1,7 @@
 //! Files that are damaged or made to harm: every one must end in an error that names the file, never in a panic.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 #[path = "common/fuzz.rs"]
 mod fuzz;
 
@@ -339,6 +341,41 @@ fn legacy_tokenizers_made_to_harm() {
         r#"{"bos_token": 7, "eos_token": "", "pad_token": {"content": "never"}}"#,
     );
     drop(Tokenizer::open(&folder.0));
+}
+
+#[test]
+fn prompts_of_any_characters() {
+    let full = Tokenizer::open(&Path::new(FIXTURES).join("extra/tokenizer_full")).unwrap();
+    let legacy = Tokenizer::open(&Path::new(FIXTURES).join("extra/tokenizer_legacy")).unwrap();
+    let special = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "'s",
+        "'S",
+        "\u{301}",
+        "\u{212B}",
+        "\u{130}",
+        "\u{df}",
+        "\0",
+        "\u{3000}",
+    ];
+    let mut random = fuzz::Random(11);
+    for _ in 0..3000 {
+        let mut text = String::new();
+        for _ in 0..random.below(40) {
+            match random.below(4) {
+                0 => text.push_str(special[random.below(special.len())]),
+                1 => text.push(char::from(random.below(128) as u8)),
+                2 => text.push(char::from_u32(random.below(0x2_0000) as u32).unwrap_or(' ')),
+                _ => text.push(char::from_u32(random.below(0x11_0000) as u32).unwrap_or('x')),
+            }
+        }
+        for tokenizer in [&full, &legacy] {
+            let tokens = tokenizer.encode(&text, 77).unwrap();
+            assert_eq!(tokens.ids.len(), 77);
+            assert!(tokens.ids.iter().all(|&id| id >= 0 && id <= i64::from(tokenizer.largest_id())));
+        }
+    }
 }
 
 #[test]
