@@ -135,9 +135,7 @@ impl Tensor {
     /// # Errors
     /// `InvalidArgument`, naming `what`, for another rank.
     pub fn dims_of<const N: usize>(&self, what: &str) -> Result<[usize; N]> {
-        self.dims()
-            .try_into()
-            .map_err(|_| Error::argument(what, format!("{N} dimensions"), self.shape))
+        self.dims().try_into().map_err(|_| Error::argument(what, format!("{N} dimensions"), self.shape))
     }
 
     /// The element type.
