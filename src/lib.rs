@@ -1,5 +1,6 @@
 //! Runs the Würstchen family of text-to-image models.
 
+pub mod capi;
 pub mod device;
 pub mod diffusion;
 mod error;
