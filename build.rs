@@ -60,22 +60,25 @@ fn header(root: &Path) -> Result<String, Failure> {
     let mut generated = Vec::new();
     builder.generate()?.write(&mut generated);
     let generated = String::from_utf8(generated)?;
-    let mut groups = vec![String::new(); NOUNS.len()];
+    // The items of each noun, with the name that each declares.
+    let mut groups: Vec<Vec<(&str, String)>> = vec![Vec::new(); NOUNS.len()];
     for item in generated.split("\n\n").map(str::trim).filter(|item| !item.is_empty()) {
         let name = name(item).ok_or_else(|| format!("build.rs cannot read the name of: {item}"))?;
         let home = sources.iter().position(|source| defines(source, name));
-        let group = home.ok_or_else(|| format!("build.rs cannot find the noun of {name}"))?;
-        let item = polish(item, name);
-        // Constants stand together.
-        if item.starts_with("#define") && groups[group].ends_with("*/\n\n") {
-            let end = groups[group].len() - 1;
-            groups[group].truncate(end);
+        let home = home.ok_or_else(|| format!("build.rs cannot find the noun of {name}"))?;
+        // A constant stands under its type, which cbindgen declares before.
+        let of = constant_type(&sources[home], name);
+        match groups[home].iter_mut().find(|(name, _)| Some(*name) == of) {
+            Some((_, text)) => write!(text, "\n{}", polish(item, name))?,
+            None => groups[home].push((name, polish(item, name))),
         }
-        write!(groups[group], "{item}\n\n")?;
     }
     let mut text = frame_start()?;
     for ((_, title), group) in NOUNS.iter().zip(&groups) {
-        write!(text, "/* {title}\n * {} */\n\n{group}", "-".repeat(title.len()))?;
+        write!(text, "/* {title}\n * {} */\n\n", "-".repeat(title.len()))?;
+        for (_, item) in group {
+            write!(text, "{item}\n\n")?;
+        }
     }
     text.push_str(FRAME_END);
     Ok(text)
@@ -84,7 +87,8 @@ fn header(root: &Path) -> Result<String, Failure> {
 /// The identifier that a declaration declares.
 fn name(item: &str) -> Option<&str> {
     let code = item.rsplit_once("*/").map_or(item, |(_, code)| code);
-    let code = if item.contains("typedef struct") { &item[item.find("typedef struct")?..] } else { code }.trim();
+    let code =
+        if item.contains("typedef struct") { &item[item.find("typedef struct")?..] } else { code }.trim();
     let words = |text: &'static str| move |c: char| text.contains(c) || c.is_whitespace();
     if let Some(rest) = code.strip_prefix("#define ") {
         return rest.split(words("")).next();
@@ -104,24 +108,34 @@ fn name(item: &str) -> Option<&str> {
 
 /// Whether a source file of src/capi is where `name` is written down.
 fn defines(source: &str, name: &str) -> bool {
-    let starts = [format!("fn {name}("), format!("struct {name} "), format!("type {name} "), format!("const {name}:")];
+    let starts =
+        [format!("fn {name}("), format!("struct {name} "), format!("type {name} "), format!("const {name}:")];
     starts.iter().any(|start| source.contains(start.as_str()))
+}
+
+/// The type that the source gives to the constant `name`.
+fn constant_type<'a>(source: &'a str, name: &str) -> Option<&'a str> {
+    source.split_once(&format!("const {name}: "))?.1.split(' ').next()
 }
 
 /// Marks statuses that must be looked at; puts a constant's one-line description beside it.
 fn polish(item: &str, name: &str) -> String {
     if let Some((comment, define)) = item.split_once("#define ") {
-        let words: Vec<&str> = comment.split(['/', '*', '\n']).map(str::trim).filter(|w| !w.is_empty()).collect();
+        let lines = comment.lines().map(|line| line.trim().trim_matches(['/', '*']).trim());
+        let words: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
         return format!("{:<42}/**< {} */", format!("#define {define}"), words.join(" "));
     }
     let lines = item.lines().map(|line| {
         if line.starts_with("wst_status wst_") && !name.starts_with("wst_error_") {
-            format!("WST_WARN_UNUSED {line}\n")
+            format!("WST_WARN_UNUSED\n{line}\n")
         } else {
             format!("{line}\n")
         }
     });
-    let text = lines.collect::<String>().replace("struct wst_", "wst_").replace("typedef wst_", "typedef struct wst_");
+    let text = lines
+        .collect::<String>()
+        .replace("struct wst_", "wst_")
+        .replace("typedef wst_", "typedef struct wst_");
     one_line_comments(text.trim_end())
 }
 

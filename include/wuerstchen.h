@@ -79,9 +79,8 @@ typedef struct wst_error wst_error;
 
 /** How a call ended: WST_OK or the kind of failure. New kinds may be added; treat unknown ones as failures. */
 typedef int32_t wst_status;
-
 #define WST_OK 0                          /**< The call succeeded. */
-#define WST_INVALID_ARGUMENT 1            /**< An argument is NULL, out of range, of the wrong shape or type, or broken UTF-8. */
+#define WST_INVALID_ARGUMENT 1            /**< An argument is NULL, out of range, of a wrong shape or type, broken UTF-8. */
 #define WST_IO 2                          /**< A file could not be opened, read, mapped or written. */
 #define WST_FORMAT 3                      /**< A file does not hold what it should. */
 #define WST_UNSUPPORTED 4                 /**< This build, device or model cannot serve a valid request. */
@@ -162,7 +161,7 @@ typedef struct wst_device_info_t {
  * Threads: any.
  * Errors: none.
  */
-uintptr_t wst_device_count(void);
+size_t wst_device_count(void);
 
 /**
  * Describes device `index`; the CPU is device 0.
@@ -171,7 +170,8 @@ uintptr_t wst_device_count(void);
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT for an index without a device, NULL, or a bad `struct_size`.
  */
-WST_WARN_UNUSED wst_status wst_device_info(uintptr_t index, wst_device_info_t *out, wst_error **error);
+WST_WARN_UNUSED
+wst_status wst_device_info(size_t index, wst_device_info_t *out, wst_error **error);
 
 /* Cancel tokens
  * ------------- */
@@ -229,10 +229,11 @@ typedef struct wst_image wst_image;
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY.
  */
-WST_WARN_UNUSED wst_status wst_image_new(uint32_t width,
+WST_WARN_UNUSED
+wst_status wst_image_new(uint32_t width,
                          uint32_t height,
                          const uint8_t *rgb,
-                         uintptr_t row_stride,
+                         size_t row_stride,
                          wst_image **out,
                          wst_error **error);
 
@@ -243,7 +244,8 @@ WST_WARN_UNUSED wst_status wst_image_new(uint32_t width,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_FORMAT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY.
  */
-WST_WARN_UNUSED wst_status wst_image_read(const char *path, wst_image **out, wst_error **error);
+WST_WARN_UNUSED
+wst_status wst_image_read(const char *path, wst_image **out, wst_error **error);
 
 /**
  * Writes a PNG file, in place of one that is there.
@@ -252,7 +254,8 @@ WST_WARN_UNUSED wst_status wst_image_read(const char *path, wst_image **out, wst
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_OUT_OF_MEMORY.
  */
-WST_WARN_UNUSED wst_status wst_image_write_png(const wst_image *image, const char *path, wst_error **error);
+WST_WARN_UNUSED
+wst_status wst_image_write_png(const wst_image *image, const char *path, wst_error **error);
 
 /**
  * Pixels per row; 0 for NULL.
@@ -298,7 +301,6 @@ typedef struct wst_tensor wst_tensor;
 
 /** The type of a tensor's elements. */
 typedef int32_t wst_dtype;
-
 #define WST_F32 0                         /**< 32-bit IEEE float. */
 #define WST_F16 1                         /**< 16-bit IEEE float. */
 #define WST_BF16 2                        /**< 16-bit brain float. */
@@ -313,9 +315,10 @@ typedef int32_t wst_dtype;
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY.
  */
-WST_WARN_UNUSED wst_status wst_tensor_new(wst_dtype dtype,
+WST_WARN_UNUSED
+wst_status wst_tensor_new(wst_dtype dtype,
                           const int64_t *shape,
-                          uintptr_t rank,
+                          size_t rank,
                           const void *data,
                           wst_tensor **out,
                           wst_error **error);
@@ -336,7 +339,7 @@ wst_dtype wst_tensor_dtype(const wst_tensor *tensor);
  * Threads: any.
  * Errors: none.
  */
-uintptr_t wst_tensor_rank(const wst_tensor *tensor);
+size_t wst_tensor_rank(const wst_tensor *tensor);
 
 /**
  * The dimensions, outermost first; wst_tensor_rank of them. NULL for NULL.
@@ -363,7 +366,7 @@ const void *wst_tensor_data(const wst_tensor *tensor);
  * Threads: any.
  * Errors: none.
  */
-uintptr_t wst_tensor_nbytes(const wst_tensor *tensor);
+size_t wst_tensor_nbytes(const wst_tensor *tensor);
 
 /**
  * Frees a tensor. NULL is a no-op.
@@ -385,9 +388,16 @@ typedef struct wst_model_options wst_model_options;
 
 /** Which weights are kept ready. */
 typedef int32_t wst_residency;
+#define WST_RESIDENCY_AUTO 0              /**< Whatever the device does best. */
+#define WST_RESIDENCY_ALL 1               /**< All stages. */
+#define WST_RESIDENCY_STAGE 2             /**< Only the stage that runs; the others' memory goes back to the system. */
 
 /** How much a log callback hears. */
 typedef int32_t wst_log_level;
+#define WST_LOG_OFF 0                     /**< Nothing. */
+#define WST_LOG_WARNING 1                 /**< What went wrong although the call succeeded. */
+#define WST_LOG_INFO 2                    /**< What was chosen and how long it took. */
+#define WST_LOG_DEBUG 3                   /**< Every stage and step. */
 
 /**
  * Hears one line of log, in UTF-8. It must not unwind (C++: not throw, Go: recover).
@@ -434,14 +444,6 @@ typedef struct wst_model_info_t {
     uint64_t bytes_device;
 } wst_model_info_t;
 
-#define WST_RESIDENCY_AUTO 0              /**< Whatever the device does best. */
-#define WST_RESIDENCY_ALL 1               /**< All stages. */
-#define WST_RESIDENCY_STAGE 2             /**< Only the stage that runs; the memory of the others is given back to the system. */
-#define WST_LOG_OFF 0                     /**< Nothing. */
-#define WST_LOG_WARNING 1                 /**< What went wrong although the call succeeded. */
-#define WST_LOG_INFO 2                    /**< What was chosen and how long it took. */
-#define WST_LOG_DEBUG 3                   /**< Every stage and step. */
-
 /**
  * New options with the library's defaults.
  *
@@ -467,7 +469,8 @@ void wst_model_options_free(wst_model_options *options);
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT; WST_UNSUPPORTED for a device that this build or machine lacks; WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_options_set_device(wst_model_options *options,
+WST_WARN_UNUSED
+wst_status wst_model_options_set_device(wst_model_options *options,
                                         const char *device,
                                         wst_error **error);
 
@@ -478,7 +481,8 @@ WST_WARN_UNUSED wst_status wst_model_options_set_device(wst_model_options *optio
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_options_set_threads(wst_model_options *options,
+WST_WARN_UNUSED
+wst_status wst_model_options_set_threads(wst_model_options *options,
                                          uint32_t threads,
                                          wst_error **error);
 
@@ -489,7 +493,8 @@ WST_WARN_UNUSED wst_status wst_model_options_set_threads(wst_model_options *opti
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_options_set_compute_dtype(wst_model_options *options,
+WST_WARN_UNUSED
+wst_status wst_model_options_set_compute_dtype(wst_model_options *options,
                                                wst_dtype dtype,
                                                wst_error **error);
 
@@ -500,7 +505,8 @@ WST_WARN_UNUSED wst_status wst_model_options_set_compute_dtype(wst_model_options
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_options_set_residency(wst_model_options *options,
+WST_WARN_UNUSED
+wst_status wst_model_options_set_residency(wst_model_options *options,
                                            wst_residency residency,
                                            wst_error **error);
 
@@ -512,7 +518,8 @@ WST_WARN_UNUSED wst_status wst_model_options_set_residency(wst_model_options *op
  * Threads: one at a time per options; `fn` is called on any thread, several at once.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_options_set_log(wst_model_options *options,
+WST_WARN_UNUSED
+wst_status wst_model_options_set_log(wst_model_options *options,
                                      wst_log_level level,
                                      wst_log_fn fn,
                                      void *user_data,
@@ -527,7 +534,8 @@ WST_WARN_UNUSED wst_status wst_model_options_set_log(wst_model_options *options,
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_options_set(wst_model_options *options,
+WST_WARN_UNUSED
+wst_status wst_model_options_set(wst_model_options *options,
                                  const char *key,
                                  const char *value,
                                  wst_error **error);
@@ -539,7 +547,8 @@ WST_WARN_UNUSED wst_status wst_model_options_set(wst_model_options *options,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_FORMAT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_model_open(const char *path,
+WST_WARN_UNUSED
+wst_status wst_model_open(const char *path,
                           const wst_model_options *options,
                           wst_model **out,
                           wst_error **error);
@@ -560,7 +569,8 @@ void wst_model_free(wst_model *model);
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT for NULL or a bad `struct_size`.
  */
-WST_WARN_UNUSED wst_status wst_model_info(const wst_model *model, wst_model_info_t *out, wst_error **error);
+WST_WARN_UNUSED
+wst_status wst_model_info(const wst_model *model, wst_model_info_t *out, wst_error **error);
 
 /* Prompt to picture
  * ----------------- */
@@ -570,12 +580,20 @@ typedef struct wst_generate_options wst_generate_options;
 
 /** How Stage C walks from noise to latents. */
 typedef int32_t wst_sampler;
+#define WST_DDPM 0                        /**< Ho et al. 2020: fresh noise in every step but the last. */
+#define WST_DDIM 1                        /**< Song et al. 2021 with eta 0: no noise after the start. */
 
 /** How Stage B turns logits into tokens. */
 typedef int32_t wst_choice;
+#define WST_MULTINOMIAL 0                 /**< Sampled from softmax(logits / temperature). */
+#define WST_ARGMAX 1                      /**< The largest logit; ties go to the lowest token. */
+#define WST_QUANT 2                       /**< The codebook's mean under softmax(logits / temperature), quantised again. */
 
 /** A stage of the paper. */
 typedef int32_t wst_stage;
+#define WST_STAGE_A 0                     /**< The VQGAN: tokens to pixels. */
+#define WST_STAGE_B 1                     /**< The token predictor: latents to tokens. */
+#define WST_STAGE_C 2                     /**< The text-conditional diffusion model: noise to latents. */
 
 /** Where a run stands. wst_job_poll: set `struct_size` to `sizeof(wst_progress)` before the call. */
 typedef struct wst_progress {
@@ -605,15 +623,6 @@ typedef struct wst_progress {
  */
 typedef void (*wst_progress_fn)(const wst_progress *progress, void *user_data);
 
-#define WST_STAGE_A 0                     /**< The VQGAN: tokens to pixels. */
-#define WST_STAGE_B 1                     /**< The token predictor: latents to tokens. */
-#define WST_STAGE_C 2                     /**< The text-conditional diffusion model: noise to latents. */
-#define WST_DDPM 0                        /**< Ho et al. 2020: fresh noise in every step but the last. */
-#define WST_DDIM 1                        /**< Song et al. 2021 with eta 0: no noise after the start. */
-#define WST_MULTINOMIAL 0                 /**< Sampled from softmax(logits temperature). */
-#define WST_ARGMAX 1                      /**< The largest logit; ties go to the lowest token. */
-#define WST_QUANT 2                       /**< The codebook's mean under softmax(logits temperature), quantised again. */
-
 /**
  * New options that start from the model's own recommended values.
  *
@@ -621,7 +630,8 @@ typedef void (*wst_progress_fn)(const wst_progress *progress, void *user_data);
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_new(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_generate_options_new(const wst_model *model,
                                     wst_generate_options **out,
                                     wst_error **error);
 
@@ -633,7 +643,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_new(const wst_model *model,
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_add_prompt(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_add_prompt(wst_generate_options *options,
                                            const char *text,
                                            const char *negative_text,
                                            wst_error **error);
@@ -645,8 +656,9 @@ WST_WARN_UNUSED wst_status wst_generate_options_add_prompt(wst_generate_options 
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_images_per_prompt(wst_generate_options *options,
-                                                      uint32_t count,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_images_per_prompt(wst_generate_options *options,
+                                                      uint32_t images_per_prompt,
                                                       wst_error **error);
 
 /**
@@ -656,7 +668,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_images_per_prompt(wst_genera
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_size(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_size(wst_generate_options *options,
                                          uint32_t width,
                                          uint32_t height,
                                          wst_error **error);
@@ -668,7 +681,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_size(wst_generate_options *o
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_seed(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_seed(wst_generate_options *options,
                                          uint64_t seed,
                                          wst_error **error);
 
@@ -679,7 +693,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_seed(wst_generate_options *o
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_stage_c(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_c(wst_generate_options *options,
                                             uint32_t steps,
                                             float guidance,
                                             wst_error **error);
@@ -691,7 +706,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_stage_c(wst_generate_options
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_stage_c_sampler(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_c_sampler(wst_generate_options *options,
                                                     wst_sampler sampler,
                                                     wst_error **error);
 
@@ -702,9 +718,10 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_stage_c_sampler(wst_generate
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_stage_c_timesteps(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_c_timesteps(wst_generate_options *options,
                                                       const float *timesteps,
-                                                      uintptr_t count,
+                                                      size_t count,
                                                       wst_error **error);
 
 /**
@@ -714,7 +731,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_stage_c_timesteps(wst_genera
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_stage_b(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_b(wst_generate_options *options,
                                             uint32_t steps,
                                             float guidance,
                                             wst_error **error);
@@ -726,7 +744,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_stage_b(wst_generate_options
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_stage_b_temperature(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_b_temperature(wst_generate_options *options,
                                                         float start,
                                                         float end,
                                                         wst_error **error);
@@ -738,7 +757,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_stage_b_temperature(wst_gene
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_stage_b_choice(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_b_choice(wst_generate_options *options,
                                                    wst_choice choice,
                                                    wst_error **error);
 
@@ -749,7 +769,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_stage_b_choice(wst_generate_
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_init_image(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_init_image(wst_generate_options *options,
                                                const wst_image *image,
                                                float strength,
                                                wst_error **error);
@@ -761,7 +782,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_init_image(wst_generate_opti
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_mask(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_mask(wst_generate_options *options,
                                          const wst_image *mask,
                                          wst_error **error);
 
@@ -772,7 +794,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_mask(wst_generate_options *o
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_progress(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_progress(wst_generate_options *options,
                                              wst_progress_fn fn,
                                              void *user_data,
                                              wst_error **error);
@@ -784,7 +807,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_progress(wst_generate_option
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_preview(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_preview(wst_generate_options *options,
                                             uint32_t every_n_steps,
                                             wst_error **error);
 
@@ -795,7 +819,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_preview(wst_generate_options
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set_cancel(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_cancel(wst_generate_options *options,
                                            wst_cancel *cancel,
                                            wst_error **error);
 
@@ -808,7 +833,8 @@ WST_WARN_UNUSED wst_status wst_generate_options_set_cancel(wst_generate_options 
  * Threads: one at a time per options.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate_options_set(wst_generate_options *options,
+WST_WARN_UNUSED
+wst_status wst_generate_options_set(wst_generate_options *options,
                                     const char *key,
                                     const char *value,
                                     wst_error **error);
@@ -829,7 +855,7 @@ void wst_generate_options_free(wst_generate_options *options);
  * Threads: any; waits while another thread sets an option.
  * Errors: none.
  */
-uintptr_t wst_generate_options_image_count(const wst_generate_options *options);
+size_t wst_generate_options_image_count(const wst_generate_options *options);
 
 /**
  * Makes the images and returns when they are done. `image_count` must be wst_generate_options_image_count.
@@ -838,10 +864,11 @@ uintptr_t wst_generate_options_image_count(const wst_generate_options *options);
  * Threads: any, several at once on one model and one set of options; the options cannot be set meanwhile.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_generate(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_generate(const wst_model *model,
                         const wst_generate_options *options,
                         wst_image **images,
-                        uintptr_t image_count,
+                        size_t image_count,
                         wst_error **error);
 
 /* Jobs: runs in the background, for game loops
@@ -857,7 +884,8 @@ typedef struct wst_job wst_job;
  * Threads: any; the progress callback comes on the job's thread.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_job_start(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_job_start(const wst_model *model,
                          const wst_generate_options *options,
                          wst_job **out,
                          wst_error **error);
@@ -869,7 +897,8 @@ WST_WARN_UNUSED wst_status wst_job_start(const wst_model *model,
  * Threads: one at a time per job.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY. How the run ended is what wst_job_images returns.
  */
-WST_WARN_UNUSED wst_status wst_job_poll(wst_job *job, wst_progress *out, int32_t *done, wst_error **error);
+WST_WARN_UNUSED
+wst_status wst_job_poll(wst_job *job, wst_progress *out, int32_t *done, wst_error **error);
 
 /**
  * Waits until a job has ended, at most `timeout_seconds`; a negative or infinite time waits without limit. `*done`
@@ -879,7 +908,8 @@ WST_WARN_UNUSED wst_status wst_job_poll(wst_job *job, wst_progress *out, int32_t
  * Threads: any, several at once; not the job's own callback, which gets WST_BUSY.
  * Errors: WST_INVALID_ARGUMENT, WST_BUSY. How the run ended is what wst_job_images returns.
  */
-WST_WARN_UNUSED wst_status wst_job_wait(wst_job *job, double timeout_seconds, int32_t *done, wst_error **error);
+WST_WARN_UNUSED
+wst_status wst_job_wait(wst_job *job, double timeout_seconds, int32_t *done, wst_error **error);
 
 /**
  * Asks a job to stop; it ends with WST_CANCELLED soon after. NULL is a no-op.
@@ -898,9 +928,10 @@ void wst_job_cancel(wst_job *job);
  * Threads: any.
  * Errors: WST_BUSY while it runs; else what the run ended with, as wst_generate; WST_INVALID_ARGUMENT.
  */
-WST_WARN_UNUSED wst_status wst_job_images(wst_job *job,
+WST_WARN_UNUSED
+wst_status wst_job_images(wst_job *job,
                           wst_image **images,
-                          uintptr_t image_count,
+                          size_t image_count,
                           wst_error **error);
 
 /**
@@ -923,7 +954,8 @@ void wst_job_free(wst_job *job);
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for a stage without text, WST_OUT_OF_MEMORY.
  */
-WST_WARN_UNUSED wst_status wst_tokenize(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_tokenize(const wst_model *model,
                         wst_stage for_stage,
                         const char *text,
                         wst_tensor **ids,
@@ -936,10 +968,11 @@ WST_WARN_UNUSED wst_status wst_tokenize(const wst_model *model,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for a stage without text, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
-WST_WARN_UNUSED wst_status wst_encode_text(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_encode_text(const wst_model *model,
                            wst_stage for_stage,
                            const char *const *texts,
-                           uintptr_t count,
+                           size_t count,
                            wst_tensor **hidden,
                            wst_error **error);
 
@@ -950,9 +983,10 @@ WST_WARN_UNUSED wst_status wst_encode_text(const wst_model *model,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED without an image encoder, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
-WST_WARN_UNUSED wst_status wst_encode_image(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_encode_image(const wst_model *model,
                             const wst_image *const *images,
-                            uintptr_t count,
+                            size_t count,
                             wst_tensor **latents,
                             wst_error **error);
 
@@ -963,9 +997,10 @@ WST_WARN_UNUSED wst_status wst_encode_image(const wst_model *model,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
-WST_WARN_UNUSED wst_status wst_stage_a_encode(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_stage_a_encode(const wst_model *model,
                               const wst_image *const *images,
-                              uintptr_t count,
+                              size_t count,
                               wst_tensor **tokens,
                               wst_error **error);
 
@@ -976,7 +1011,8 @@ WST_WARN_UNUSED wst_status wst_stage_a_encode(const wst_model *model,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
-WST_WARN_UNUSED wst_status wst_stage_a_decode(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_stage_a_decode(const wst_model *model,
                               const wst_tensor *tokens_or_latents,
                               wst_tensor **pixels,
                               wst_error **error);
@@ -989,7 +1025,8 @@ WST_WARN_UNUSED wst_status wst_stage_a_decode(const wst_model *model,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
-WST_WARN_UNUSED wst_status wst_stage_b_predict(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_stage_b_predict(const wst_model *model,
                                const wst_tensor *x,
                                const wst_tensor *t,
                                const wst_tensor *latents,
@@ -1005,7 +1042,8 @@ WST_WARN_UNUSED wst_status wst_stage_b_predict(const wst_model *model,
  * Threads: any; the progress callback comes on this thread.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_stage_b_sample(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_stage_b_sample(const wst_model *model,
                               const wst_tensor *latents,
                               const wst_tensor *text,
                               const wst_tensor *negative_text,
@@ -1021,7 +1059,8 @@ WST_WARN_UNUSED wst_status wst_stage_b_sample(const wst_model *model,
  * Threads: any.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
-WST_WARN_UNUSED wst_status wst_stage_c_predict(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_stage_c_predict(const wst_model *model,
                                const wst_tensor *x,
                                const wst_tensor *t,
                                const wst_tensor *text,
@@ -1036,7 +1075,8 @@ WST_WARN_UNUSED wst_status wst_stage_c_predict(const wst_model *model,
  * Threads: any; the progress callback comes on this thread.
  * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
  */
-WST_WARN_UNUSED wst_status wst_stage_c_sample(const wst_model *model,
+WST_WARN_UNUSED
+wst_status wst_stage_c_sample(const wst_model *model,
                               const wst_tensor *text,
                               const wst_tensor *negative_text,
                               const wst_tensor *initial_noise,

@@ -23,6 +23,9 @@ pub(super) const MAX_COUNT: usize = 65_536;
 /// The largest `struct_size` that is believed; more is memory that nobody initialised.
 const MAX_STRUCT_BYTES: usize = 4096;
 
+/// Why a poisoned handle is not used. This is no new defect: it poisons no other handle.
+const REFUSED: &str = "an earlier call failed with WST_INTERNAL; this handle can only be freed";
+
 /// Set when a defect showed while a handle was in use. Shared with the handle's children.
 #[derive(Clone, Default)]
 pub(super) struct Poison(Arc<AtomicBool>);
@@ -30,8 +33,7 @@ pub(super) struct Poison(Arc<AtomicBool>);
 impl Poison {
     fn check(&self, name: &str) -> Result<()> {
         if self.0.load(Ordering::Acquire) {
-            let reason = "an earlier call failed with WST_INTERNAL; this handle can only be freed";
-            return Err(Error::internal(name, reason));
+            return Err(Error::internal(name, REFUSED));
         }
         Ok(())
     }
@@ -159,7 +161,8 @@ pub(super) unsafe fn boundary<O: Out>(
         catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| Err(panic_error(place, payload)));
     let Err(failure) = outcome else { return WST_OK };
     let status = super::error::status_of(&failure);
-    if status == WST_INTERNAL {
+    let refused = matches!(&failure, Error::Internal { reason, .. } if reason == REFUSED);
+    if status == WST_INTERNAL && !refused {
         call.blamed.borrow().iter().for_each(Poison::set);
     }
     if !error.is_null() {
@@ -196,7 +199,11 @@ fn check_pointer<T>(name: &str, at: *const T) -> Result<()> {
         return Err(Error::argument(name, "a pointer", "NULL"));
     }
     if !at.is_aligned() {
-        return Err(Error::argument(name, format!("an address aligned to {}", align_of::<T>()), format!("{at:p}")));
+        return Err(Error::argument(
+            name,
+            format!("an address aligned to {}", align_of::<T>()),
+            format!("{at:p}"),
+        ));
     }
     Ok(())
 }
@@ -488,7 +495,8 @@ pub(super) unsafe fn path_in<'a>(name: &str, path: *const c_char) -> Result<&'a 
 pub(super) fn enum_in<T: Copy>(name: &str, number: i32, values: &[(&str, T)]) -> Result<T> {
     let value = usize::try_from(number).ok().and_then(|i| values.get(i));
     value.map(|(_, value)| *value).ok_or_else(|| {
-        let known: Vec<String> = values.iter().enumerate().map(|(i, (name, _))| format!("{name} ({i})")).collect();
+        let known: Vec<String> =
+            values.iter().enumerate().map(|(i, (name, _))| format!("{name} ({i})")).collect();
         Error::argument(name, known.join(", "), number)
     })
 }

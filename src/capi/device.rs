@@ -105,5 +105,7 @@ fn memory() -> (u64, u64) {
 fn cpu_name() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("model name"));
-    line.and_then(|rest| rest.split_once(':')).map_or(std::env::consts::ARCH, |(_, name)| name.trim()).to_owned()
+    line.and_then(|rest| rest.split_once(':'))
+        .map_or(std::env::consts::ARCH, |(_, name)| name.trim())
+        .to_owned()
 }

@@ -10,7 +10,7 @@ pub type wst_status = i32;
 
 /// The call succeeded.
 pub const WST_OK: wst_status = 0;
-/// An argument is NULL, out of range, of the wrong shape or type, or broken UTF-8.
+/// An argument is NULL, out of range, of a wrong shape or type, broken UTF-8.
 pub const WST_INVALID_ARGUMENT: wst_status = 1;
 /// A file could not be opened, read, mapped or written.
 pub const WST_IO: wst_status = 2;
@@ -59,15 +59,13 @@ impl wst_error {
             Error::InvalidArgument { name, .. } => name.clone(),
             Error::Io { path, .. } => path.display().to_string(),
             Error::Format { place, .. } | Error::Internal { place, .. } => place.clone(),
-            Error::Unsupported { what, .. } | Error::OutOfMemory { what, .. } | Error::Busy { what } => what.clone(),
+            Error::Unsupported { what, .. } | Error::OutOfMemory { what, .. } | Error::Busy { what } => {
+                what.clone()
+            }
             Error::Device { device, .. } => device.clone(),
             Error::Cancelled => String::new(),
         };
-        wst_error {
-            status: status_of(error),
-            message: c_text(error.to_string()),
-            place: c_text(place),
-        }
+        wst_error { status: status_of(error), message: c_text(error.to_string()), place: c_text(place) }
     }
 }
 

@@ -48,11 +48,8 @@ pub const WST_ARGMAX: wst_choice = 1;
 /// The codebook's mean under softmax(logits / temperature), quantised again.
 pub const WST_QUANT: wst_choice = 2;
 
-const CHOICES: &[(&str, Choice)] = &[
-    ("WST_MULTINOMIAL", Choice::Multinomial),
-    ("WST_ARGMAX", Choice::Argmax),
-    ("WST_QUANT", Choice::Quant),
-];
+const CHOICES: &[(&str, Choice)] =
+    &[("WST_MULTINOMIAL", Choice::Multinomial), ("WST_ARGMAX", Choice::Argmax), ("WST_QUANT", Choice::Quant)];
 
 /// Where a run stands. wst_job_poll: set `struct_size` to `sizeof(wst_progress)` before the call.
 #[repr(C)]
@@ -84,7 +81,8 @@ unsafe impl Sized32 for wst_progress {
 /// Owner: `progress` and its preview are valid during the call.
 /// Threads: called on the thread that called wst_generate; for a job on the job's thread.
 /// Errors: none can be given back; wst_cancel_request ends the run.
-pub type wst_progress_fn = Option<unsafe extern "C" fn(progress: *const wst_progress, user_data: *mut c_void)>;
+pub type wst_progress_fn =
+    Option<unsafe extern "C" fn(progress: *const wst_progress, user_data: *mut c_void)>;
 
 type ProgressFunction = unsafe extern "C" fn(*const wst_progress, *mut c_void);
 
@@ -122,7 +120,9 @@ impl wst_generate_options {
         }
         if inner.panics {
             #[allow(clippy::panic)]
-            options.set_progress(Some(Arc::new(|_: &Progress| panic!("asked for by the option {TEST_PANIC}"))))?;
+            options.set_progress(Some(Arc::new(|_: &Progress| {
+                panic!("asked for by the option {TEST_PANIC}")
+            })))?;
         }
         Ok(options)
     }
@@ -240,13 +240,13 @@ pub unsafe extern "C" fn wst_generate_options_add_prompt(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_generate_options_set_images_per_prompt(
     options: *mut wst_generate_options,
-    count: u32,
+    images_per_prompt: u32,
     error: *mut *mut wst_error,
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
     unsafe {
         change("wst_generate_options_set_images_per_prompt", options, error, |o| {
-            o.options.set_images_per_prompt(count)
+            o.options.set_images_per_prompt(images_per_prompt)
         })
     }
 }
@@ -264,11 +264,7 @@ pub unsafe extern "C" fn wst_generate_options_set_size(
     error: *mut *mut wst_error,
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
-    unsafe {
-        change("wst_generate_options_set_size", options, error, |o| {
-            o.options.set_size(width, height)
-        })
-    }
+    unsafe { change("wst_generate_options_set_size", options, error, |o| o.options.set_size(width, height)) }
 }
 
 /// Where the noise comes from; 0 by default. Same model, options and seed: the same image.
@@ -283,11 +279,7 @@ pub unsafe extern "C" fn wst_generate_options_set_seed(
     error: *mut *mut wst_error,
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
-    unsafe {
-        change("wst_generate_options_set_seed", options, error, |o| {
-            o.options.set_seed(seed)
-        })
-    }
+    unsafe { change("wst_generate_options_set_seed", options, error, |o| o.options.set_seed(seed)) }
 }
 
 /// Stage C, from noise to latents: denoising steps, and the weight of classifier-free guidance (1: none).
@@ -304,9 +296,7 @@ pub unsafe extern "C" fn wst_generate_options_set_stage_c(
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
     unsafe {
-        change("wst_generate_options_set_stage_c", options, error, |o| {
-            o.options.set_stage_c(steps, guidance)
-        })
+        change("wst_generate_options_set_stage_c", options, error, |o| o.options.set_stage_c(steps, guidance))
     }
 }
 
@@ -363,9 +353,7 @@ pub unsafe extern "C" fn wst_generate_options_set_stage_b(
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
     unsafe {
-        change("wst_generate_options_set_stage_b", options, error, |o| {
-            o.options.set_stage_b(steps, guidance)
-        })
+        change("wst_generate_options_set_stage_b", options, error, |o| o.options.set_stage_b(steps, guidance))
     }
 }
 
@@ -481,9 +469,7 @@ pub unsafe extern "C" fn wst_generate_options_set_preview(
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
     unsafe {
-        change("wst_generate_options_set_preview", options, error, |o| {
-            o.options.set_preview(every_n_steps)
-        })
+        change("wst_generate_options_set_preview", options, error, |o| o.options.set_preview(every_n_steps))
     }
 }
 

@@ -103,8 +103,12 @@ pub unsafe extern "C" fn wst_job_poll(
                 return Err(Error::Busy { what: "job".into() });
             };
             let (progress, done) = job.job.poll();
-            *lent = progress.as_ref().and_then(|p| p.preview.clone()).map(|image| Arc::new(wst_image::new(image)));
-            let progress = progress.map_or_else(wst_progress::start, |p| wst_progress::new(&p, lent.as_ref()));
+            *lent = progress
+                .as_ref()
+                .and_then(|p| p.preview.clone())
+                .map(|image| Arc::new(wst_image::new(image)));
+            let progress =
+                progress.map_or_else(wst_progress::start, |p| wst_progress::new(&p, lent.as_ref()));
             Ok((progress, i32::from(done)))
         })
     }

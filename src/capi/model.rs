@@ -4,8 +4,8 @@ use std::ffi::{c_char, c_void};
 use std::sync::{Arc, RwLock};
 
 use super::boundary::{
-    Callback, Handle, HandleOut, Poison, Sized32, StructOut, boundary, enum_in, handle_in, optional_in, path_in,
-    release, text_in,
+    Callback, Handle, HandleOut, Poison, Sized32, StructOut, boundary, enum_in, handle_in, optional_in,
+    path_in, release, text_in,
 };
 use super::error::{c_text, wst_error, wst_status};
 use super::hook;
@@ -21,7 +21,7 @@ pub type wst_residency = i32;
 pub const WST_RESIDENCY_AUTO: wst_residency = 0;
 /// All stages.
 pub const WST_RESIDENCY_ALL: wst_residency = 1;
-/// Only the stage that runs; the memory of the others is given back to the system.
+/// Only the stage that runs; the others' memory goes back to the system.
 pub const WST_RESIDENCY_STAGE: wst_residency = 2;
 
 const RESIDENCIES: &[(&str, Residency)] = &[
@@ -279,7 +279,9 @@ fn forward_log(callback: &Callback<LogFunction>, level: LogLevel, text: &str) {
     let number = LOG_LEVELS.iter().position(|(_, l)| *l == level).unwrap_or(0);
     let text = c_text(text.to_owned());
     // SAFETY: the host gave the function with this user data, and promised to keep both alive.
-    hook::outside(|| unsafe { (callback.function)(number as wst_log_level, text.as_ptr(), callback.user_data) });
+    hook::outside(|| unsafe {
+        (callback.function)(number as wst_log_level, text.as_ptr(), callback.user_data)
+    });
 }
 
 /// Sets an option by name, for configuration files and scripting languages: "device", "threads", …; the message

@@ -123,7 +123,7 @@ static void jobs(const wst_model *model) {
     CHECK(done == 0);
     OK(wst_generate_options_set_seed(o, 8, &error)); /* the job has its own copy */
     __atomic_store_n(&heard.job, job, __ATOMIC_SEQ_CST);
-    pause_ms(100);
+    for (int i = 0; i < 60000 && __atomic_load_n(&heard.busy, __ATOMIC_SEQ_CST) == 0; ++i) pause_ms(1);
     wst_job_cancel(job);
     OK(wst_job_wait(job, -1, &done, &error));
     CHECK(done == 1 && heard.calls > 0);
