@@ -150,7 +150,7 @@ public:
     /// Copies `rgb`, 3 * width * height bytes or rows that lie `row_stride` bytes apart.
     Image(std::uint32_t width, std::uint32_t height, span<const std::uint8_t> rgb, std::size_t row_stride = 0) {
         const std::size_t row = std::size_t{3} * width, stride = row_stride ? row_stride : row;
-        if (height > 0 && stride >= row && rgb.size() / stride < height - 1u + (rgb.size() % stride >= row ? 0u : 1u))
+        if (width > 0 && height > 0 && stride >= row && rgb.size() / stride < height - 1u + (rgb.size() % stride >= row ? 0u : 1u))
             throw Error(WST_INVALID_ARGUMENT, "rgb: expected more bytes for this size, found " + std::to_string(rgb.size()), "rgb");
         wst_image *image = nullptr;
         detail::call(wst_image_new, width, height, rgb.data(), row_stride, &image);

@@ -1,7 +1,9 @@
 /* Generating: progress, cancelling, jobs, threads, frees in any order, panics. */
 #define _POSIX_C_SOURCE 200809L
+#include <fenv.h>
 #include <math.h>
 #include <pthread.h>
+#include <signal.h>
 #include <time.h>
 
 #include "check.h"
@@ -218,6 +220,84 @@ static void threads(const wst_model *model) {
     }
 }
 
+typedef struct {
+    const char *folder;
+    const wst_image *plain;
+    int rounding_before, rounding_after, same;
+    wst_status status;
+} odd_t;
+
+/* A host thread with a small stack that rounds upwards: threads inherit the mode unless they reset it. */
+static void *odd_thread(void *argument) {
+    odd_t *odd = argument;
+    wst_model *model = NULL;
+    wst_generate_options *o = NULL;
+    wst_image *image = NULL;
+    odd->rounding_before = fesetround(FE_UPWARD) == 0 ? fegetround() : -1;
+    odd->status = wst_model_open(odd->folder, NULL, &model, NULL);
+    if (odd->status == WST_OK) {
+        o = quick_options(model, 7);
+        odd->status = wst_generate(model, o, &image, 1, NULL);
+        odd->same = same_image(odd->plain, image);
+    }
+    odd->rounding_after = fegetround();
+    wst_image_free(image);
+    wst_generate_options_free(o);
+    wst_model_free(model);
+    return NULL;
+}
+
+static void odd_hosts(const char *folder, const wst_model *model) {
+    wst_generate_options *o = quick_options(model, 7);
+    wst_image *plain = NULL;
+    OK(wst_generate(model, o, &plain, 1, &error));
+    odd_t odd = {.folder = folder, .plain = plain};
+    pthread_attr_t attributes;
+    pthread_t id;
+    pthread_attr_init(&attributes);
+    CHECK(pthread_attr_setstacksize(&attributes, 256 << 10) == 0);
+    CHECK(pthread_create(&id, &attributes, odd_thread, &odd) == 0);
+    pthread_join(id, NULL);
+    pthread_attr_destroy(&attributes);
+    CHECK(odd.status == WST_OK);
+    CHECK(odd.rounding_before == FE_UPWARD && odd.rounding_after == FE_UPWARD);
+    CHECK(odd.same);
+    wst_image_free(plain);
+    wst_generate_options_free(o);
+}
+
+static wst_cancel *on_signal;
+static volatile sig_atomic_t signals;
+
+static void handler(int number) {
+    (void)number;
+    ++signals;
+    wst_cancel_request(on_signal);
+}
+
+static void raise_once(const wst_progress *p, void *user_data) {
+    int *raised = user_data;
+    if (p->stage == WST_STAGE_C && !*raised) *raised = raise(SIGUSR1) == 0;
+}
+
+/* Cancelled by a signal handler; the host's handler stays. */
+static void cancel_by_signal(const wst_model *model) {
+    struct sigaction ours = {.sa_handler = handler}, before, after;
+    int raised = 0;
+    sigemptyset(&ours.sa_mask);
+    on_signal = wst_cancel_new();
+    CHECK(sigaction(SIGUSR1, &ours, &before) == 0);
+    wst_generate_options *o = quick_options(model, 1);
+    OK(wst_generate_options_set_cancel(o, on_signal, &error));
+    OK(wst_generate_options_set_progress(o, raise_once, &raised, &error));
+    wst_image *image = NULL;
+    FAILS(WST_CANCELLED, "", wst_generate(model, o, &image, 1, &error));
+    CHECK(signals == 1 && image == NULL);
+    CHECK(sigaction(SIGUSR1, &before, &after) == 0 && after.sa_handler == handler);
+    wst_generate_options_free(o);
+    wst_cancel_free(on_signal);
+}
+
 /* A defect: WST_INTERNAL, and afterwards only free works. Its neighbours are well. */
 static void panics(const char *folder, const wst_model *healthy) {
     const char *where[] = {"caller", "thread"};
@@ -274,6 +354,8 @@ int main(int argc, char **argv) {
     orders(argv[1]);
     random_jobs(model, job_count);
     if (job_count >= 100) threads(model);
+    odd_hosts(argv[1], model);
+    cancel_by_signal(model);
     panics(argv[1], model);
     wst_model_free(model);
     return summary("run");

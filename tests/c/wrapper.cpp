@@ -50,6 +50,7 @@ int main(int argc, char **argv) {
     CHECK(small.data().size() == 6 && small.data()[5] == 6);
     CHECK(status_of([&] { wst::Image(2, 2, rgb); }) == WST_INVALID_ARGUMENT);
     CHECK(status_of([&] { wst::Image(1, 2, rgb); }) == WST_OK);
+    CHECK(status_of([&] { wst::Image(0, 2, rgb); }) == WST_INVALID_ARGUMENT);
     const std::vector<std::int64_t> shape{2, 2};
     const std::vector<float> values{1, 2, 3, 4};
     wst::Tensor tensor(shape, wst::span<const float>(values));
