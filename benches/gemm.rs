@@ -79,15 +79,17 @@ fn main() -> Result<()> {
     }
     let cx = Context::new(&Device::cpu(threads)?);
     println!("{:?}, {} threads", simd::level(), cx.device().threads());
-    println!("GFLOP/s, multiply-add peak, share by the clock, share by processor time");
+    println!("GFLOP/s, multiply-add peak, share by the clock (with one thread, by processor time too)");
     let wanted = arguments.get(2).and_then(|a| a.parse::<usize>().ok());
     for &shape in SHAPES.iter().filter(|s| wanted.is_none_or(|m| m == s.0)) {
         let (m, k, n) = shape;
         print!("M {m:5} K {k:4} N {n:4}");
         for kind in ["f32", "f16", "f32 [K,N]"] {
             let [speed, peak] = product(&cx, shape, kind)?;
-            let share = [speed[0] / peak[0] * 100.0, speed[1] / peak[1] * 100.0];
-            print!(" | {kind} {:5.1} of {:5.1} {:3.0}% {:3.0}%", speed[0], peak[0], share[0], share[1]);
+            print!(" | {kind} {:5.1} of {:5.1} {:3.0}%", speed[0], peak[0], speed[0] / peak[0] * 100.0);
+            if threads == 1 {
+                print!(" {:3.0}%", speed[1] / peak[1] * 100.0);
+            }
         }
         println!();
     }
