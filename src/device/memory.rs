@@ -12,6 +12,13 @@ use crate::error::{Error, Result};
 /// Alignment of every buffer: one cache line, one AVX-512 register.
 pub const ALIGNMENT: usize = 64;
 
+/// Blocks of at least this size ask for huge pages: walking rows that are 4 KiB pages apart otherwise costs more
+/// than the arithmetic on them.
+const HUGE_BLOCK: usize = 4 << 20;
+
+/// Alignment of such blocks: one huge page.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// A pooled block serves a request of at least this share of its size, so that little of it lies idle.
 const REUSE_SHARE: f64 = 0.75;
 
@@ -32,12 +39,23 @@ impl Block {
         let layout = bytes
             .max(1)
             .checked_next_multiple_of(ALIGNMENT)
-            .and_then(|capacity| Layout::from_size_align(capacity, ALIGNMENT).ok())
+            .and_then(|capacity| Layout::from_size_align(capacity, Self::alignment(capacity)).ok())
             .ok_or_else(|| Error::out_of_memory(what, bytes))?;
         // SAFETY: the layout's size is at least ALIGNMENT, so not zero.
-        let data = unsafe { std::alloc::alloc_zeroed(layout) };
+        let data = unsafe { std::alloc::alloc(layout) };
         let data = NonNull::new(data).ok_or_else(|| Error::out_of_memory(what, bytes))?;
+        #[cfg(target_os = "linux")]
+        if layout.size() >= HUGE_BLOCK {
+            // SAFETY: advice about whole pages of our own block; it changes no content, and failing is fine.
+            unsafe { libc::madvise(data.as_ptr().cast(), layout.size() & !4095, libc::MADV_HUGEPAGE) };
+        }
+        // SAFETY: the block has this size. After the advice, so that the first touch makes huge pages.
+        unsafe { data.as_ptr().write_bytes(0, layout.size()) };
         Ok(Block { data, capacity: layout.size() })
+    }
+
+    fn alignment(capacity: usize) -> usize {
+        if capacity >= HUGE_BLOCK { HUGE_PAGE } else { ALIGNMENT }
     }
 }
 
@@ -45,7 +63,7 @@ impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated in `allocate` with exactly this layout, which was valid there.
         unsafe {
-            let layout = Layout::from_size_align_unchecked(self.capacity, ALIGNMENT);
+            let layout = Layout::from_size_align_unchecked(self.capacity, Self::alignment(self.capacity));
             std::alloc::dealloc(self.data.as_ptr(), layout);
         }
     }

@@ -118,3 +118,28 @@ impl<T> SharedMut<T> {
         unsafe { std::slice::from_raw_parts_mut(self.pointer(start, count), count) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Context;
+
+    #[test]
+    fn tasks_have_buffers_of_their_own() {
+        let cx = Context::new(&Device::cpu(3).unwrap());
+        let scratch = Scratch::new(cx.device(), "test", 100, 64).unwrap();
+        let mut out = [0usize; 100];
+        let shared = SharedMut::new(&mut out);
+        cx.parallel(100, |task| {
+            scratch.with(|floats| {
+                floats.fill(task as f32);
+                std::thread::yield_now();
+                // SAFETY: each task has its own element.
+                unsafe { shared.part(task, 1)[0] = floats.iter().map(|&v| v as usize).sum() };
+            });
+        })
+        .unwrap();
+        assert!(out.iter().enumerate().all(|(task, &sum)| sum == 64 * task));
+        assert!(Scratch::new(cx.device(), "test", 1, usize::MAX / 8).is_err());
+    }
+}

@@ -61,10 +61,9 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     let (mut a, mut b) = (tile.a.as_ptr(), tile.panel.as_ptr());
     for r in 0..R {
-        // On their way while the sums are made; one line more, since rows of C need not start one.
+        // On their way while the sums are made.
         let c = tile.c.wrapping_add(r * tile.ldc);
         prefetch_to_write(c);
-        prefetch_to_write(c.wrapping_add(16));
         prefetch_to_write(c.wrapping_add(tile.columns - 1));
     }
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.

@@ -95,18 +95,18 @@ impl MatrixB<'_> {
         }
     }
 
-    /// Asks for share `i` of `count` of the cache lines of a part.
+    /// Asks for share `i` of `count` of the rows of a part.
     pub(super) fn prefetch(&self, part: Part, i: usize, count: usize) {
         let (rows, length) = match self.layout {
             Layout::RowsAreOutputs => (part.columns, part.depth),
             Layout::RowsAreInputs => (part.depth, part.columns),
         };
-        let first = self.index(part.k, part.n);
-        let lines = (length * self.values.size()).div_ceil(64);
-        // A part without lines runs no loop, so `line / lines` never divides by zero.
-        for line in (rows * lines * i / count)..(rows * lines * (i + 1) / count) {
-            let row = self.values.address(first + line / lines * self.leading);
-            prefetch(row.wrapping_add(line % lines * 64));
+        let (size, first) = (self.values.size(), self.index(part.k, part.n));
+        for row in rows * i / count..rows * (i + 1) / count {
+            let address = self.values.address(first + row * self.leading);
+            for line in (0..length * size).step_by(64) {
+                prefetch(address.wrapping_add(line));
+            }
         }
     }
 

@@ -39,6 +39,9 @@ const A_STRIDE: usize = DEPTH + 16;
 /// The most rows of a block of A: with it, half the L2 cache stays free for C and B.
 const BLOCK_ROWS: usize = 288;
 
+/// Panels whose columns of a block of rows fit into the L2 cache.
+const HOT_PANELS: usize = 8;
+
 /// One product: C = A op(B).
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm<'a> {
@@ -292,14 +295,25 @@ impl<K: Kernel> Job<'_, K> {
 
     fn packed_panels(&self, area: Area, a: &mut [f32], packed: &[f32]) {
         let k = self.product.k;
-        for block in blocks(k) {
-            self.copy_a(area, block, a);
-            for (i, (column, columns)) in steps(area.column, area.columns, K::COLUMNS).enumerate() {
-                let panel = &packed[(i * k + block.0) * K::COLUMNS..][..block.1 * K::COLUMNS];
-                self.tiles(Area { column, columns, ..area }, block, a, panel, |_, _| ());
-            }
+        // One copied block of A serves any number of columns: finish them while they are in the L2 cache.
+        let at_once = if k <= DEPTH { HOT_PANELS * K::COLUMNS } else { area.columns };
+        if k <= DEPTH {
+            self.copy_a(area, (0, k), a);
         }
-        self.finish(area);
+        for (first, columns) in steps(area.column, area.columns, at_once) {
+            let part = Area { column: first, columns, ..area };
+            for block in blocks(k) {
+                if k > DEPTH {
+                    self.copy_a(area, block, a);
+                }
+                for (column, columns) in steps(first, columns, K::COLUMNS) {
+                    let panel = (column - area.column) / K::COLUMNS * k + block.0;
+                    let panel = &packed[panel * K::COLUMNS..][..block.1 * K::COLUMNS];
+                    self.tiles(Area { column, columns, ..area }, block, a, panel, |_, _| ());
+                }
+            }
+            self.finish(part);
+        }
     }
 
     /// Copies a block of A to rows [`A_STRIDE`] apart.
