@@ -131,9 +131,12 @@ void generate(const wst::Model &model, const Arguments &a) {
     }
     const std::vector<wst::Image> images = model.generate(options);
     if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r\033[K");
-    if (images.size() > 1)
-        for (size_t i = 0; i < images.size(); i++) write(images[i], numbered(a.out, i + 1));
-    write(images.size() > 1 ? contact_sheet(images) : images[0], a.out);
+    if (images.size() == 1) {
+        write(images[0], a.out);
+        return;
+    }
+    for (size_t i = 0; i < images.size(); i++) write(images[i], numbered(a.out, i + 1));
+    write(contact_sheet(images), a.out);
 }
 
 // Float pixels [1, 3, H, W] in 0..1 to a picture.
