@@ -41,7 +41,7 @@ c_tests() {
     say "C and C++"
     need valgrind valgrind || skip "valgrind is not there and could not be installed: the C tests run without it"
     if [ -x tests/c/run.sh ]; then
-        run c.log tests/c/run.sh
+        run c.log env LIBDIR="$top/target/release" tests/c/run.sh
     else
         run c.log make -C tests/c test
     fi
