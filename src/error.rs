@@ -118,4 +118,26 @@ impl Error {
     pub fn internal(place: impl Into<String>, reason: impl Into<String>) -> Self {
         Error::Internal { place: place.into(), reason: reason.into() }
     }
+
+    /// The same error once more, for a result that several callers ask for.
+    pub(crate) fn duplicate(&self) -> Self {
+        use Error::*;
+        match self {
+            InvalidArgument { name, expected, found } => {
+                InvalidArgument { name: name.clone(), expected: expected.clone(), found: found.clone() }
+            }
+            Io { path, source } => {
+                Io { path: path.clone(), source: std::io::Error::new(source.kind(), source.to_string()) }
+            }
+            Format { place, expected, found } => {
+                Format { place: place.clone(), expected: expected.clone(), found: found.clone() }
+            }
+            Unsupported { what, reason } => Unsupported { what: what.clone(), reason: reason.clone() },
+            OutOfMemory { what, bytes } => OutOfMemory { what: what.clone(), bytes: *bytes },
+            Device { device, reason } => Device { device: device.clone(), reason: reason.clone() },
+            Cancelled => Cancelled,
+            Busy { what } => Busy { what: what.clone() },
+            Internal { place, reason } => Internal { place: place.clone(), reason: reason.clone() },
+        }
+    }
 }

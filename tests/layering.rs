@@ -18,6 +18,7 @@ const LAYERS: &[&[&str]] = &[
 /// Where the names that `lib.rs` re-exports come from.
 const REEXPORTS: &[(&str, &str)] = &[
     ("CancelToken", "device"),
+    ("simd_dispatch", "device"),
     ("Context", "device"),
     ("Device", "device"),
     ("Error", "error"),

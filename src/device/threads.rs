@@ -220,8 +220,7 @@ impl ThreadPool {
             work: Condvar::new(),
             epoch: AtomicUsize::new(0),
         });
-        let pool =
-            ThreadPool { shared: shared.clone(), helpers: UnsafeCell::new(Vec::new()), threads };
+        let pool = ThreadPool { shared: shared.clone(), helpers: UnsafeCell::new(Vec::new()), threads };
         for _ in 1..threads {
             let shared = shared.clone();
             let helper = Thread::start(move || shared.help())?;

@@ -1,1 +1,22 @@
-//! ops
+//! The numerical operations: one folder per op with its definition, checks and tests, and its kernel beside it.
+
+pub mod activation;
+pub mod attention;
+pub mod batch;
+#[cfg(test)]
+pub(crate) mod check;
+pub mod conv2d;
+pub mod conv_transpose2d;
+pub mod depthwise_conv;
+pub mod elementwise;
+pub mod embedding;
+pub(crate) mod kernels;
+pub mod layer_norm;
+pub mod linear;
+pub mod noise_head;
+pub mod pixel_shuffle;
+pub mod pool;
+pub mod response_norm;
+pub mod token_choice;
+pub mod vector_quantize;
+pub mod widen;

@@ -1,9 +1,16 @@
 //! From a prompt to a picture: text -> Stage C -> Stage B -> Stage A -> pixels (paper, Figure 2).
 
+mod generate;
+mod generate_options;
+mod guided;
 mod job;
+pub mod load;
 mod model;
 mod options;
+mod sampling;
+mod stage_calls;
 
+pub use generate_options::GenerateOptions;
 pub use job::Job;
 pub use model::{Model, ModelInfo};
-pub use options::{Choice, GenerateOptions, LogLevel, ModelOptions, Progress, Residency, Sampler, Stage};
+pub use options::{Choice, LogFn, LogLevel, ModelOptions, Progress, ProgressFn, Residency, Sampler, Stage};

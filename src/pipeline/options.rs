@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::Model;
-use crate::device::CancelToken;
+pub use crate::diffusion::latents::Sampler;
+pub use crate::diffusion::tokens::Choice;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::tensor::DType;
@@ -17,26 +17,6 @@ pub enum Stage {
     B,
     /// The text-conditional diffusion model: noise to latents (section 3.2).
     C,
-}
-
-/// How Stage C walks from noise to latents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sampler {
-    /// Ho et al. 2020: fresh noise in every step but the last.
-    Ddpm,
-    /// Song et al. 2021 with eta 0: no noise after the start.
-    Ddim,
-}
-
-/// How Stage B turns logits into tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Choice {
-    /// Sampled from softmax(logits / temperature).
-    Multinomial,
-    /// The largest logit; ties go to the lowest token.
-    Argmax,
-    /// The codebook's mean under softmax(logits / temperature), quantised again.
-    Quant,
 }
 
 /// Which weights are kept ready.
@@ -87,45 +67,106 @@ pub struct Progress {
 /// How a model is opened.
 #[derive(Clone)]
 pub struct ModelOptions {
-    pub(crate) device: String,
-    pub(crate) threads: usize,
-    pub(crate) compute_dtype: DType,
-    pub(crate) residency: Residency,
-    pub(crate) log: Option<(LogLevel, LogFn)>,
+    pub(super) threads: usize,
+    pub(super) residency: Residency,
+    pub(super) log: Option<(LogLevel, LogFn)>,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        ModelOptions {
-            device: "auto".into(),
-            threads: 0,
-            compute_dtype: DType::F32,
-            residency: Residency::Auto,
-            log: None,
+        ModelOptions { threads: 0, residency: Residency::Auto, log: None }
+    }
+}
+
+/// More threads than any machine of today has; a larger number is a mistake.
+const MAX_THREADS: u32 = 1024;
+
+impl ModelOptions {
+    /// `auto` (the best there is) or `cpu`.
+    ///
+    /// # Errors
+    /// `Unsupported` for a device that this build cannot use; `InvalidArgument` for a name that is none.
+    pub fn set_device(&mut self, device: &str) -> Result<()> {
+        match device.split(':').next() {
+            Some("auto" | "cpu") if !device.contains(':') => Ok(()),
+            Some("cuda") => {
+                let reason = "this build has no CUDA backend; use \"cpu\" or \"auto\"";
+                Err(Error::unsupported(format!("device {device:?}"), reason))
+            }
+            _ => Err(Error::argument("device", "\"auto\", \"cpu\" or \"cuda\"", format!("{device:?}"))),
+        }
+    }
+
+    /// Threads of the CPU device; 0 takes one per core.
+    ///
+    /// # Errors
+    /// `InvalidArgument` above 1024.
+    pub fn set_threads(&mut self, threads: u32) -> Result<()> {
+        if threads > MAX_THREADS {
+            return Err(Error::argument("threads", format!("at most {MAX_THREADS}"), threads));
+        }
+        self.threads = threads as usize;
+        Ok(())
+    }
+
+    /// The type in which activations are computed: `F32` on the CPU, whatever the weights are stored in.
+    ///
+    /// # Errors
+    /// `Unsupported` for the half-precision types; `InvalidArgument` for types that are no floats.
+    pub fn set_compute_dtype(&mut self, dtype: DType) -> Result<()> {
+        match dtype {
+            DType::F32 => Ok(()),
+            DType::F16 | DType::BF16 => {
+                let reason = "the CPU computes in F32 (weights stay in their stored type)";
+                Err(Error::unsupported(format!("compute_dtype {dtype}"), reason))
+            }
+            other => Err(Error::argument("compute_dtype", "a float type", other)),
+        }
+    }
+
+    /// Which weights are kept ready.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn set_residency(&mut self, residency: Residency) -> Result<()> {
+        self.residency = residency;
+        Ok(())
+    }
+
+    /// Who hears what happens, and how much of it. Nothing is logged otherwise.
+    pub fn set_log(&mut self, level: LogLevel, log: Option<LogFn>) {
+        self.log = log.map(|log| (level, log));
+    }
+
+    /// Any of the above by name, for configuration files: `device`, `threads`, `compute_dtype` (`f32`),
+    /// `residency` (`auto`, `all`, `stage`).
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown key or a value that does not parse; what the named setter returns.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        match key {
+            "device" => self.set_device(value),
+            "threads" => self.set_threads(parse(key, value)?),
+            "compute_dtype" => self.set_compute_dtype(match value {
+                "f32" => DType::F32,
+                "f16" => DType::F16,
+                "bf16" => DType::BF16,
+                _ => return Err(Error::argument(key, "f32, f16 or bf16", format!("{value:?}"))),
+            }),
+            "residency" => self.set_residency(match value {
+                "auto" => Residency::Auto,
+                "all" => Residency::All,
+                "stage" => Residency::Stage,
+                _ => return Err(Error::argument(key, "auto, all or stage", format!("{value:?}"))),
+            }),
+            _ => {
+                let keys = "one of device, threads, compute_dtype, residency";
+                Err(Error::argument("model option", keys, format!("{key:?}")))
+            }
         }
     }
 }
 
-/// What to generate. Starts from the model's own recommended values.
-#[derive(Clone)]
-pub struct GenerateOptions {
-    pub(crate) model: Model,
-    pub(crate) prompts: Vec<(String, Option<String>)>,
-    pub(crate) images_per_prompt: u32,
-    pub(crate) width: u32,
-    pub(crate) height: u32,
-    pub(crate) seed: u64,
-    pub(crate) stage_c_steps: u32,
-    pub(crate) stage_c_guidance: f32,
-    pub(crate) stage_c_sampler: Sampler,
-    pub(crate) stage_c_timesteps: Option<Vec<f32>>,
-    pub(crate) stage_b_steps: u32,
-    pub(crate) stage_b_guidance: f32,
-    pub(crate) stage_b_temperature: (f32, f32),
-    pub(crate) stage_b_choice: Choice,
-    pub(crate) init_image: Option<(Image, f32)>,
-    pub(crate) mask: Option<Image>,
-    pub(crate) progress: Option<ProgressFn>,
-    pub(crate) preview_every: u32,
-    pub(crate) cancel: Option<CancelToken>,
+fn parse<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
+    value.trim().parse().map_err(|_| Error::argument(key, "a number in range", format!("{value:?}")))
 }

@@ -71,6 +71,37 @@ impl Tensor {
         Ok(tensor)
     }
 
+    /// The elements of `parts`, one after the other, under a shape that holds them all.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the parts have no common type or do not fill the shape; `OutOfMemory`.
+    pub fn from_parts(cx: &Context, what: &'static str, dims: &[usize], parts: &[&Tensor]) -> Result<Self> {
+        let dtype = parts.first().map_or(DType::F32, |part| part.dtype);
+        let mut joined = Self::new(cx, what, dims, dtype)?;
+        let bytes: usize = parts.iter().map(|part| part.bytes().len()).sum();
+        let out = joined.bytes_mut()?;
+        if bytes != out.len() || parts.iter().any(|part| part.dtype != dtype) {
+            return Err(Error::argument(what, format!("{} bytes of {dtype}", out.len()), bytes));
+        }
+        let mut rest = out;
+        for part in parts {
+            let (head, tail) = rest.split_at_mut(part.bytes().len());
+            head.copy_from_slice(part.bytes());
+            rest = tail;
+        }
+        Ok(joined)
+    }
+
+    /// A copy in memory of its own, so that the original's can go back to its pool.
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub fn detached(&self) -> Result<Self> {
+        let mut buffer = Buffer::new("a tensor", self.bytes().len())?;
+        buffer.bytes_mut().copy_from_slice(self.bytes());
+        Ok(Tensor { storage: Storage::Host(Arc::new(buffer)), offset: 0, ..*self })
+    }
+
     /// A tensor inside a mapped file, from byte `offset` on.
     ///
     /// # Errors
@@ -104,9 +135,7 @@ impl Tensor {
     /// # Errors
     /// `InvalidArgument`, naming `what`, for another rank.
     pub fn dims_of<const N: usize>(&self, what: &str) -> Result<[usize; N]> {
-        self.dims()
-            .try_into()
-            .map_err(|_| Error::argument(what, format!("{N} dimensions"), self.shape))
+        self.dims().try_into().map_err(|_| Error::argument(what, format!("{N} dimensions"), self.shape))
     }
 
     /// The element type.

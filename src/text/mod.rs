@@ -1,1 +1,6 @@
-//! text
+//! From a prompt to token ids.
+
+mod legacy;
+mod tokenizer;
+
+pub use tokenizer::{SpecialIds, TokenIds, Tokenizer};

@@ -1,1 +1,13 @@
-//! weights
+//! Weights and configurations from files: safetensors, mapped and never copied, and the model folder.
+//!
+//! The only code that knows the names and axis orders of checkpoints.
+
+mod archive;
+pub mod config;
+mod file;
+mod names;
+pub mod v1;
+
+pub use archive::{STEMS, Weights};
+pub use file::WeightFile;
+pub use names::Renamed;

@@ -1,0 +1,558 @@
+//! Times the stages of a v1 model through the library's own API, for `benches/run.py` to set beside PyTorch.
+//!
+//! ```text
+//! cargo bench --bench stages -- --model DIR --part text|c|b|a|open|generate [--threads N] [--repeats N]
+//!                                [--stage-c-steps N] [--stage-b-steps N]
+//! ```
+//!
+//! `c` and `b` report a denoising step by itself: what a generation computes once (text keys and values, timestep
+//! modulations) is in `setup_s`. `open` reports the time and memory of opening, `generate` the peak of memory and
+//! what the second picture allocates. Each prints one line of JSON. `make_full_size.py` in `tests/reference` writes a
+//! model of the paper's size.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::HashMap;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use wuerstchen::Tensor;
+use wuerstchen::pipeline::{GenerateOptions, LogLevel, Model, ModelOptions, Progress, Stage};
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// The rival's settings.
+const STAGE_C_GUIDANCE: f32 = 4.0;
+const STAGE_B_GUIDANCE: f32 = 2.0;
+const BATCH: usize = 2;
+const MIB: f64 = 1024. * 1024.;
+
+fn main() -> Outcome<()> {
+    let arguments = Arguments::parse()?;
+    let Some(model) = &arguments.model else {
+        println!("stages: nothing to do without --model DIR (see the head of benches/stages.rs)");
+        return Ok(());
+    };
+    let report = match arguments.part.as_str() {
+        "text" => text(model, &arguments),
+        "c" => stage_c(model, &arguments),
+        "b" => stage_b(model, &arguments),
+        "a" => stage_a(model, &arguments),
+        "open" => open_time(model, &arguments),
+        "generate" => generate(model, &arguments),
+        other => Err(format!("--part: expected text, c, b, a, open or generate, found {other}").into()),
+    }?;
+    println!("{report}");
+    Ok(())
+}
+
+struct Arguments {
+    model: Option<PathBuf>,
+    part: String,
+    threads: u32,
+    repeats: usize,
+    stage_c_steps: u32,
+    stage_b_steps: u32,
+}
+
+impl Arguments {
+    fn parse() -> Outcome<Self> {
+        let mut given = HashMap::new();
+        let mut words = std::env::args().skip(1);
+        while let Some(word) = words.next() {
+            match word.strip_prefix("--") {
+                Some("bench" | "test") => {} // cargo's own
+                Some(name) => {
+                    let value = words.next().ok_or_else(|| format!("{word}: a value is missing"))?;
+                    given.insert(name.to_owned(), value);
+                }
+                None => return Err(format!("unexpected argument {word}").into()),
+            }
+        }
+        let mut take = |name: &str, default: &str| given.remove(name).unwrap_or_else(|| default.into());
+        let arguments = Arguments {
+            part: take("part", "open"),
+            threads: take("threads", "0").parse()?,
+            repeats: take("repeats", "3").parse::<usize>()?.max(1),
+            stage_c_steps: take("stage-c-steps", "2").parse()?,
+            stage_b_steps: take("stage-b-steps", "2").parse()?,
+            model: Some(take("model", "")).filter(|path| !path.is_empty()).map(PathBuf::from),
+        };
+        match given.keys().next() {
+            Some(name) => Err(format!("unknown option --{name}").into()),
+            None => Ok(arguments),
+        }
+    }
+
+    fn options(&self) -> Outcome<ModelOptions> {
+        let mut options = ModelOptions::default();
+        options.set_threads(self.threads)?;
+        Ok(options)
+    }
+}
+
+// ---------------------------------------------------------------- the four parts that have a rival
+
+fn text(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    let prompts = ["a red bird on a branch, oil painting, detailed", ""];
+    let seconds = repeat(arguments.repeats, || Ok(bench.model.encode_text(Stage::C, &prompts)?))?;
+    Ok(bench.report("text", &seconds, json!({})))
+}
+
+fn stage_a(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    let (height, width) = bench.token_size();
+    let labels = config(path, "stage_a")?["codebook_size"].as_i64().ok_or("codebook_size")?;
+    let mut random = Random(1);
+    let tokens: Vec<i64> = (0..height * width).map(|_| random.below(labels)).collect();
+    let tokens = Tensor::from_slice(&[1, height, width], &tokens)?;
+    let seconds = repeat(arguments.repeats, || Ok(bench.model.stage_a_decode(&tokens)?))?;
+    Ok(bench.report("a", &seconds, json!({})))
+}
+
+fn stage_c(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    let mut random = Random(2);
+    let (text, negative) = (bench.text(&mut random, 1)?, bench.text(&mut random, 1)?);
+    let steps = time_steps(&bench.model, arguments.repeats, |options, count| {
+        options.set_stage_c(count, STAGE_C_GUIDANCE)?;
+        Ok(bench.model.stage_c_sample(&text, Some(&negative), None, options)?)
+    })?;
+
+    // The bare network, which computes everything anew.
+    let noised = bench.latents(&mut random, BATCH)?;
+    let t = Tensor::from_slice(&[BATCH], &[0.5f32; BATCH])?;
+    let both = bench.text(&mut random, BATCH)?;
+    let predict = repeat(1, || Ok(bench.model.stage_c_predict(&noised, &t, &both)?))?;
+    Ok(bench.report(
+        "c",
+        &steps.steps,
+        json!({ "setup_s": steps.setup(), "timed_by": steps.by, "predict_s": predict[1] }),
+    ))
+}
+
+fn stage_b(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    let mut random = Random(3);
+    let (text, negative) = (bench.text(&mut random, 1)?, bench.text(&mut random, 1)?);
+    let latents = bench.latents(&mut random, 1)?;
+    let steps = time_steps(&bench.model, arguments.repeats, |options, count| {
+        options.set_stage_b(count, STAGE_B_GUIDANCE)?;
+        Ok(bench.model.stage_b_sample(&latents, &text, Some(&negative), options)?)
+    })?;
+    Ok(bench.report("b", &steps.steps, json!({ "setup_s": steps.setup(), "timed_by": steps.by })))
+}
+
+/// An open model and what its opening cost.
+struct Bench {
+    model: Model,
+    path: PathBuf,
+    threads: u32,
+    open_s: f64,
+    opened: Memory,
+}
+
+impl Bench {
+    fn open(path: &Path, arguments: &Arguments) -> Outcome<Self> {
+        let start = Instant::now();
+        let model = Model::open(path, &arguments.options()?)?;
+        let open_s = start.elapsed().as_secs_f64();
+        let opened = Memory::now()?;
+        reset_peak();
+        Ok(Bench { model, path: path.into(), threads: arguments.threads, open_s, opened })
+    }
+
+    fn token_size(&self) -> (usize, usize) {
+        let info = self.model.info();
+        (info.default_height as usize / 4, info.default_width as usize / 4)
+    }
+
+    /// A random text condition `[n, T, width]`.
+    fn text(&self, random: &mut Random, n: usize) -> Outcome<Tensor> {
+        let config = config(&self.path, "text_encoder")?;
+        let side = |name: &str| config[name].as_u64().map(|n| n as usize).ok_or(name.to_owned());
+        random.normal(&[n, side("max_position_embeddings")?, side("hidden_size")?])
+    }
+
+    /// Random latents `[n, h, w, C]`.
+    fn latents(&self, random: &mut Random, n: usize) -> Outcome<Tensor> {
+        let info = self.model.info();
+        random.normal(&[
+            n,
+            info.latent_height as usize,
+            info.latent_width as usize,
+            info.latent_channels as usize,
+        ])
+    }
+
+    /// `seconds`: the warm-up, then the timed passes.
+    fn report(&self, part: &str, seconds: &[f64], more: Value) -> Value {
+        let timed = &seconds[1..];
+        let mut report = json!({
+            "who": "wuerstchen",
+            "part": part,
+            "threads": self.threads,
+            "repeats": timed.len(),
+            "median_s": median(timed),
+            "min_s": timed.iter().copied().fold(f64::INFINITY, f64::min),
+            "seconds": timed,
+            "warm_up_s": seconds[0],
+            "load_s": self.open_s,
+            "rss_loaded_mib": self.opened.rss_mib,
+            "rss_peak_mib": Memory::now().map_or(0., |memory| memory.peak_mib),
+            "version": env!("CARGO_PKG_VERSION"),
+        });
+        if let (Some(report), Value::Object(more)) = (report.as_object_mut(), more) {
+            report.extend(more);
+        }
+        report
+    }
+}
+
+/// Runs `pass` once to warm up and `repeats` times more; the seconds of each.
+fn repeat<T>(repeats: usize, mut pass: impl FnMut() -> Outcome<T>) -> Outcome<Vec<f64>> {
+    (0..=repeats)
+        .map(|_| {
+            let start = Instant::now();
+            std::hint::black_box(pass()?);
+            Ok(start.elapsed().as_secs_f64())
+        })
+        .collect()
+}
+
+/// The steps of one sampling run.
+struct Steps {
+    /// From the call to the end of the first step, then each further step.
+    steps: Vec<f64>,
+    /// What the times come from.
+    by: &'static str,
+}
+
+impl Steps {
+    /// What happens once per generation: the first step's time beyond a later step's.
+    fn setup(&self) -> f64 {
+        self.steps[0] - median(&self.steps[1..])
+    }
+}
+
+/// Samples with `repeats + 1` steps, after a short run to warm up. A step lasts from one progress event to the next;
+/// a sampler that reports none is timed as the difference between a long and a one-step run.
+fn time_steps(
+    model: &Model,
+    repeats: usize,
+    sample: impl Fn(&mut GenerateOptions, u32) -> Outcome<Tensor>,
+) -> Outcome<Steps> {
+    let count = repeats as u32 + 1;
+    let events = Arc::new(Mutex::new(Vec::with_capacity(repeats + 2)));
+    let mut options = GenerateOptions::new(model)?;
+    let receiver = events.clone();
+    options.set_progress(Some(Arc::new(move |_: &Progress| {
+        receiver.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
+    })))?;
+
+    sample(&mut options, 2)?;
+    events.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    let start = Instant::now();
+    sample(&mut options, count)?;
+    let whole_s = start.elapsed().as_secs_f64();
+
+    let events = std::mem::take(&mut *events.lock().unwrap_or_else(PoisonError::into_inner));
+    if events.len() == count as usize {
+        let starts = std::iter::once(&start).chain(&events);
+        let steps = starts.zip(&events).map(|(from, to)| (*to - *from).as_secs_f64()).collect();
+        return Ok(Steps { steps, by: "progress" });
+    }
+    let start = Instant::now();
+    sample(&mut options, 1)?;
+    let one_s = start.elapsed().as_secs_f64();
+    let step_s = (whole_s - one_s) / f64::from(count - 1);
+    Ok(Steps { steps: vec![one_s, step_s], by: "difference" })
+}
+
+// ---------------------------------------------------------------- opening, memory, allocations
+
+fn open_time(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    let receiver = lines.clone();
+    let mut options = arguments.options()?;
+    options.set_log(
+        LogLevel::Debug,
+        Some(Arc::new(move |_: LogLevel, line: &str| {
+            receiver.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
+        })),
+    );
+
+    let before = Memory::now()?;
+    let start = Instant::now();
+    let model = Model::open(path, &options)?;
+    let first_s = start.elapsed().as_secs_f64();
+    let after = Memory::now()?;
+    let log = std::mem::take(&mut *lines.lock().unwrap_or_else(PoisonError::into_inner));
+    let info = model.info();
+    drop(model);
+
+    let options = arguments.options()?;
+    let again = repeat(arguments.repeats, || Ok(Model::open(path, &options)?))?;
+    Ok(json!({
+        "who": "wuerstchen",
+        "part": "open",
+        "first_s": first_s,
+        "median_s": median(&again),
+        "tokenizer_s": tokenizer_seconds(path)?,
+        "rss_before_mib": before.rss_mib,
+        "rss_after_mib": after.rss_mib,
+        "anonymous_after_mib": after.anonymous_mib,
+        "mapped_resident_after_mib": after.file_mib,
+        "weights_on_disk_mib": weight_bytes(path)? as f64 / MIB,
+        "bytes_mapped": info.bytes_mapped,
+        "bytes_host": info.bytes_host,
+        "log": log,
+    }))
+}
+
+/// Reading the tokenizer alone, if the folder has it in the usual place.
+fn tokenizer_seconds(path: &Path) -> Outcome<Option<f64>> {
+    let file = path.join("tokenizer/tokenizer.json");
+    if !file.exists() {
+        return Ok(None);
+    }
+    let start = Instant::now();
+    let tokenizer = tokenizers::Tokenizer::from_file(file).map_err(|error| error.to_string())?;
+    std::hint::black_box(tokenizer);
+    Ok(Some(start.elapsed().as_secs_f64()))
+}
+
+fn generate(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    let mut options = GenerateOptions::new(&bench.model)?;
+    options.add_prompt("a red bird on a branch", None)?;
+    options.set_seed(7)?;
+    options.set_stage_c(arguments.stage_c_steps, STAGE_C_GUIDANCE)?;
+    options.set_stage_b(arguments.stage_b_steps, STAGE_B_GUIDANCE)?;
+
+    let mut seconds = Vec::new();
+    let mut pictures = Vec::new();
+    let mut records = Vec::new();
+    for _ in 0..2 {
+        COUNTER.start();
+        let start = Instant::now();
+        pictures.push(bench.model.generate(&options)?);
+        seconds.push(start.elapsed().as_secs_f64());
+        records.push(COUNTER.stop());
+    }
+    let (first, second) = (&records[0], &records[1]);
+    let memory = Memory::now()?;
+
+    let output_bytes = pictures[1][0].data().len();
+    let same = pictures[0][0].data() == pictures[1][0].data();
+    // A buffer may be rounded up to its alignment.
+    let is_output = |bytes: usize| (output_bytes..=output_bytes + 64).contains(&bytes);
+    let others: Vec<usize> = second.large.iter().copied().filter(|&bytes| !is_output(bytes)).collect();
+    let outputs = second.large.len() - others.len();
+    let all_listed = second.large_count == second.large.len();
+    if !same {
+        return Err("the same seed gave two different pictures".into());
+    }
+    Ok(json!({
+        "who": "wuerstchen",
+        "part": "generate",
+        "threads": arguments.threads,
+        "stage_c_steps": arguments.stage_c_steps,
+        "stage_b_steps": arguments.stage_b_steps,
+        "seconds": seconds,
+        "rss_peak_mib": memory.peak_mib,
+        "anonymous_after_mib": memory.anonymous_mib,
+        "mapped_resident_after_mib": memory.file_mib,
+        "weights_on_disk_mib": weight_bytes(path)? as f64 / MIB,
+        "first": { "allocations": first.allocations, "bytes": first.bytes, "large": first.large_count },
+        "second": {
+            "allocations": second.allocations,
+            "bytes": second.bytes,
+            "large": second.large_count,
+            "large_outputs": outputs,
+            "large_others": others,
+        },
+        "second_allocates_only_the_output": others.is_empty() && outputs == 1 && all_listed,
+    }))
+}
+
+/// Allocations at least this large are listed one by one.
+const LARGE_BYTES: usize = 4096;
+const LISTED: usize = 256;
+
+/// The system allocator, counting between `start` and `stop`.
+struct Counter {
+    on: AtomicBool,
+    allocations: AtomicUsize,
+    bytes: AtomicUsize,
+    large: AtomicUsize,
+    sizes: [AtomicUsize; LISTED],
+}
+
+struct Counted {
+    allocations: usize,
+    bytes: usize,
+    large_count: usize,
+    /// The first [`LISTED`] of them.
+    large: Vec<usize>,
+}
+
+#[global_allocator]
+static COUNTER: Counter = Counter {
+    on: AtomicBool::new(false),
+    allocations: AtomicUsize::new(0),
+    bytes: AtomicUsize::new(0),
+    large: AtomicUsize::new(0),
+    sizes: [const { AtomicUsize::new(0) }; LISTED],
+};
+
+impl Counter {
+    fn start(&self) {
+        for counter in [&self.allocations, &self.bytes, &self.large] {
+            counter.store(0, Ordering::SeqCst);
+        }
+        self.on.store(true, Ordering::SeqCst);
+    }
+
+    fn stop(&self) -> Counted {
+        self.on.store(false, Ordering::SeqCst);
+        let large_count = self.large.load(Ordering::SeqCst);
+        let listed = &self.sizes[..large_count.min(LISTED)];
+        Counted {
+            allocations: self.allocations.load(Ordering::SeqCst),
+            bytes: self.bytes.load(Ordering::SeqCst),
+            large_count,
+            large: listed.iter().map(|size| size.load(Ordering::SeqCst)).collect(),
+        }
+    }
+
+    fn count(&self, bytes: usize) {
+        if !self.on.load(Ordering::Relaxed) {
+            return;
+        }
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if bytes >= LARGE_BYTES {
+            let at = self.large.fetch_add(1, Ordering::Relaxed);
+            if let Some(size) = self.sizes.get(at) {
+                size.store(bytes, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+// SAFETY: every call is passed on to the system allocator unchanged; counting touches only atomics.
+unsafe impl GlobalAlloc for Counter {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        self.count(layout.size());
+        // SAFETY: the caller's promises are the ones that `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        self.count(layout.size());
+        // SAFETY: as in `alloc`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        self.count(new_size);
+        // SAFETY: as in `alloc`.
+        unsafe { System.realloc(block, layout, new_size) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as in `alloc`.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+/// What the kernel says of this process's resident memory, in MiB.
+struct Memory {
+    rss_mib: f64,
+    peak_mib: f64,
+    anonymous_mib: f64,
+    file_mib: f64,
+}
+
+impl Memory {
+    fn now() -> Outcome<Self> {
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let field = |name: &str| -> Outcome<f64> {
+            let line = status.lines().find(|line| line.starts_with(name)).ok_or(name.to_owned())?;
+            let kib = line.split_whitespace().nth(1).ok_or(name.to_owned())?;
+            Ok(kib.parse::<f64>()? / 1024.)
+        };
+        Ok(Memory {
+            rss_mib: field("VmRSS:")?,
+            peak_mib: field("VmHWM:")?,
+            anonymous_mib: field("RssAnon:")?,
+            file_mib: field("RssFile:")?,
+        })
+    }
+}
+
+/// Makes the kernel's peak start again at the present size; where that is forbidden it includes opening.
+fn reset_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+// ---------------------------------------------------------------- small helpers
+
+fn config(model: &Path, part: &str) -> Outcome<Value> {
+    Ok(serde_json::from_slice(&std::fs::read(model.join(part).join("config.json"))?)?)
+}
+
+/// Bytes of all weight files of a model folder.
+fn weight_bytes(model: &Path) -> Outcome<u64> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(model)? {
+        let file = entry?.path().join("model.safetensors");
+        sum += std::fs::metadata(file).map_or(0, |data| data.len());
+    }
+    Ok(sum)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2. }
+}
+
+/// SplitMix64 (Steele et al. 2014): input values, nothing more.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, end: i64) -> i64 {
+        (self.next() >> 1) as i64 % end
+    }
+
+    /// In (0, 1].
+    fn uniform(&mut self) -> f64 {
+        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Standard normal values (Box and Muller 1958).
+    fn normal(&mut self, dims: &[usize]) -> Outcome<Tensor> {
+        let values: Vec<f32> = (0..dims.iter().product())
+            .map(|_| {
+                let (radius, angle) = ((-2. * self.uniform().ln()).sqrt(), self.uniform());
+                (radius * (std::f64::consts::TAU * angle).cos()) as f32
+            })
+            .collect();
+        Ok(Tensor::from_slice(dims, &values)?)
+    }
+}

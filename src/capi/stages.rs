@@ -1,0 +1,404 @@
+//! Stage by stage: what the paper's figures show, for tools and for checks against other implementations.
+//!
+//! The library computes with channels last; the boundary speaks [N, C, H, W]. This file turns one into the other.
+
+use std::ffi::c_char;
+
+use half::{bf16, f16};
+
+use super::boundary::{HandleOut, boundary, enum_in, handle_in, handles_in, optional_in, slice_in, text_in};
+use super::error::{wst_error, wst_status};
+use super::generate::{STAGES, wst_generate_options, wst_stage};
+use super::image::wst_image;
+use super::model::wst_model;
+use super::tensor::{host, wst_tensor};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::tensor::{DType, Element, Tensor};
+
+/// Reads a tensor whose rank is checked against the letters of `layout`, "[N, C, H, W]": widened to F32, and with
+/// channels last if it is an image.
+fn floats(name: &str, tensor: &Tensor, layout: &str) -> Result<Tensor> {
+    check_rank(name, tensor, layout)?;
+    let dims = tensor.dims();
+    match tensor.dtype() {
+        DType::F32 => arrange::<f32>(dims, tensor, |v| v, to_channels_last),
+        DType::F16 => arrange::<f16>(dims, tensor, f16::to_f32, to_channels_last),
+        DType::BF16 => arrange::<bf16>(dims, tensor, bf16::to_f32, to_channels_last),
+        other => Err(Error::argument(name, "elements of type F32, F16 or BF16", other)),
+    }
+}
+
+/// Reads token numbers.
+fn tokens(name: &str, tensor: &Tensor, layout: &str) -> Result<Tensor> {
+    check_rank(name, tensor, layout)?;
+    match tensor.dtype() {
+        DType::I64 => Ok(tensor.clone()),
+        other => Err(Error::argument(name, "elements of type I64", other)),
+    }
+}
+
+fn check_rank(name: &str, tensor: &Tensor, layout: &str) -> Result<()> {
+    let rank = layout.split(',').count();
+    if tensor.dims().len() == rank {
+        return Ok(());
+    }
+    Err(Error::argument(name, format!("{rank} dimensions {layout}"), tensor.shape()))
+}
+
+/// Tokens [N, h, w] stay; latents [N, C, h, w] become channels last.
+fn tokens_or_floats(name: &str, tensor: &Tensor) -> Result<Tensor> {
+    if tensor.dtype() == DType::I64 {
+        tokens(name, tensor, "[N, h, w]")
+    } else {
+        floats(name, tensor, "[N, C, h, w]")
+    }
+}
+
+/// What the library made, as the caller reads it: images as [N, C, H, W], in memory of their own.
+fn result(tensor: Tensor) -> Result<wst_tensor> {
+    if tensor.dims().len() != 4 {
+        return Ok(wst_tensor::new(tensor));
+    }
+    let dims = tensor.dims();
+    match tensor.dtype() {
+        DType::F32 => arrange::<f32>(dims, &tensor, |v| v, to_channels_first),
+        DType::F16 => arrange::<f16>(dims, &tensor, f16::to_f32, to_channels_first),
+        DType::BF16 => arrange::<bf16>(dims, &tensor, bf16::to_f32, to_channels_first),
+        other => Err(Error::internal("a stage's output", format!("4 dimensions of {other}"))),
+    }
+    .map(wst_tensor::new)
+}
+
+/// The order of the dimensions afterwards.
+type Order = fn([usize; 4]) -> ([usize; 4], [usize; 4]);
+
+/// [N, C, H, W] to [N, H, W, C]: the new dimensions, and how far apart their neighbours lay before.
+fn to_channels_last([n, c, h, w]: [usize; 4]) -> ([usize; 4], [usize; 4]) {
+    ([n, h, w, c], [c * h * w, w, 1, h * w])
+}
+
+/// [N, H, W, C] to [N, C, H, W].
+fn to_channels_first([n, h, w, c]: [usize; 4]) -> ([usize; 4], [usize; 4]) {
+    ([n, c, h, w], [h * w * c, 1, w * c, c])
+}
+
+/// Copies to F32, and changes the order of four dimensions; other ranks keep theirs.
+fn arrange<T: Element>(dims: &[usize], from: &Tensor, widen: fn(T) -> f32, order: Order) -> Result<Tensor> {
+    let values = from.slice::<T>()?;
+    let Ok(four) = <[usize; 4]>::try_from(dims) else {
+        let mut to = Tensor::new(&host()?, "a tensor", dims, DType::F32)?;
+        to.slice_mut::<f32>()?.iter_mut().zip(values).for_each(|(to, &from)| *to = widen(from));
+        return Ok(to);
+    };
+    let ([a, b, c, d], [sa, sb, sc, sd]) = order(four);
+    let mut to = Tensor::new(&host()?, "a tensor", &[a, b, c, d], DType::F32)?;
+    let mut slots = to.slice_mut::<f32>()?.iter_mut();
+    for i in 0..a {
+        for j in 0..b {
+            for k in 0..c {
+                let start = i * sa + j * sb + k * sc;
+                for (l, slot) in slots.by_ref().take(d).enumerate() {
+                    *slot = widen(values[start + l * sd]);
+                }
+            }
+        }
+    }
+    Ok(to)
+}
+
+/// The token numbers of `text` as stage `for_stage` sees it: I64 [tokens].
+///
+/// Owner: the caller frees `*ids` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for a stage without text, WST_OUT_OF_MEMORY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_tokenize(
+    model: *const wst_model,
+    for_stage: wst_stage,
+    text: *const c_char,
+    ids: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_tokenize", error, HandleOut("ids", ids), |call| {
+            let model = call.handle("model", model)?;
+            let stage = enum_in("for_stage", for_stage, STAGES)?;
+            result(model.model.tokenize(stage, text_in("text", text)?)?)
+        })
+    }
+}
+
+/// The hidden states of `count` texts as stage `for_stage` sees them: [N, tokens, width].
+///
+/// Owner: the caller frees `*hidden` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for a stage without text, WST_OUT_OF_MEMORY, WST_DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_encode_text(
+    model: *const wst_model,
+    for_stage: wst_stage,
+    texts: *const *const c_char,
+    count: usize,
+    hidden: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks; `texts` has `count` entries.
+    unsafe {
+        boundary("wst_encode_text", error, HandleOut("hidden", hidden), |call| {
+            let model = call.handle("model", model)?;
+            let stage = enum_in("for_stage", for_stage, STAGES)?;
+            if count == 0 {
+                return Err(Error::argument("count", "at least 1", 0));
+            }
+            let pointers = slice_in(("texts", texts), ("count", count))?;
+            let mut texts = reserved("texts", count)?;
+            for (i, &text) in pointers.iter().enumerate() {
+                texts.push(text_in(&format!("texts[{i}]"), text)?);
+            }
+            result(model.model.encode_text(stage, &texts)?)
+        })
+    }
+}
+
+fn reserved<T>(name: &str, count: usize) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(count).map_err(|_| Error::out_of_memory(name, count * size_of::<T>()))?;
+    Ok(list)
+}
+
+/// Calls `encode` with an array of pictures.
+///
+/// # Safety
+/// As [`handles_in`].
+unsafe fn with_images(
+    images: *const *const wst_image,
+    count: usize,
+    encode: impl FnOnce(&[&Image]) -> Result<Tensor>,
+) -> Result<wst_tensor> {
+    // SAFETY: as the caller of this function promises.
+    let kept = unsafe { handles_in("images", images, count)? };
+    let mut images = reserved("images", count)?;
+    images.extend(kept.iter().map(|image| &image.image));
+    result(encode(&images)?)
+}
+
+/// What Stage C's latents of pictures are, by the image encoder: [N, 16, h, w].
+///
+/// Owner: the caller frees `*latents` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED without an image encoder, WST_OUT_OF_MEMORY, WST_DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_encode_image(
+    model: *const wst_model,
+    images: *const *const wst_image,
+    count: usize,
+    latents: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks; `images` has `count` entries.
+    unsafe {
+        boundary("wst_encode_image", error, HandleOut("latents", latents), |call| {
+            let model = call.handle("model", model)?;
+            with_images(images, count, |images| model.model.encode_image(images))
+        })
+    }
+}
+
+/// Stage A's tokens of pictures of one size: I64 [N, H/4, W/4].
+///
+/// Owner: the caller frees `*tokens` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_stage_a_encode(
+    model: *const wst_model,
+    images: *const *const wst_image,
+    count: usize,
+    tokens: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks; `images` has `count` entries.
+    unsafe {
+        boundary("wst_stage_a_encode", error, HandleOut("tokens", tokens), |call| {
+            let model = call.handle("model", model)?;
+            with_images(images, count, |images| model.model.stage_a_encode(images))
+        })
+    }
+}
+
+/// Stage A's picture of tokens, I64 [N, h, w], or of latents, [N, C, h, w]: F32 [N, 3, H, W], 0 to 1.
+///
+/// Owner: the caller frees `*pixels` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_stage_a_decode(
+    model: *const wst_model,
+    tokens_or_latents: *const wst_tensor,
+    pixels: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_stage_a_decode", error, HandleOut("pixels", pixels), |call| {
+            let model = call.handle("model", model)?;
+            let input = handle_in("tokens_or_latents", tokens_or_latents)?;
+            result(model.model.stage_a_decode(&tokens_or_floats("tokens_or_latents", &input.tensor)?)?)
+        })
+    }
+}
+
+/// One evaluation of Stage B: `x` is I64 [N, H, W] or [N, C, H, W], `t` [N], `latents` [N, 16, h, w], `text`
+/// [N, tokens, width]; gives logits [N, labels, H, W]. Floats of any width are taken, F32 is given.
+///
+/// Owner: the caller frees `*out` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_stage_b_predict(
+    model: *const wst_model,
+    x: *const wst_tensor,
+    t: *const wst_tensor,
+    latents: *const wst_tensor,
+    text: *const wst_tensor,
+    out: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_stage_b_predict", error, HandleOut("out", out), |call| {
+            let model = call.handle("model", model)?;
+            let x = tokens_or_floats("x", &handle_in("x", x)?.tensor)?;
+            let t = floats("t", &handle_in("t", t)?.tensor, "[N]")?;
+            let latents = floats("latents", &handle_in("latents", latents)?.tensor, "[N, C, h, w]")?;
+            let text = floats("text", &handle_in("text", text)?.tensor, "[N, tokens, width]")?;
+            result(model.model.stage_b_predict(&x, &t, &latents, &text)?)
+        })
+    }
+}
+
+/// All of Stage B: `latents` [N, 16, h, w] and `text` [N, tokens, width] to tokens, I64 [N, H, W].
+/// `negative_text`, of the shape of `text`, may be NULL. Prompts in the options are not used.
+///
+/// Owner: the caller frees `*out` with wst_tensor_free.
+/// Threads: any; the progress callback comes on this thread.
+/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_stage_b_sample(
+    model: *const wst_model,
+    latents: *const wst_tensor,
+    text: *const wst_tensor,
+    negative_text: *const wst_tensor,
+    options: *const wst_generate_options,
+    out: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_stage_b_sample", error, HandleOut("out", out), |call| {
+            let model = call.handle("model", model)?;
+            let latents = floats("latents", &handle_in("latents", latents)?.tensor, "[N, C, h, w]")?;
+            let text = floats("text", &handle_in("text", text)?.tensor, "[N, tokens, width]")?;
+            let negative = optional_in("negative_text", negative_text)?
+                .map(|t| floats("negative_text", &t.tensor, "[N, tokens, width]"))
+                .transpose()?;
+            let run = handle_in("options", options)?.for_run(|report| report())?;
+            result(model.model.stage_b_sample(&latents, &text, negative.as_ref(), &run)?)
+        })
+    }
+}
+
+/// One evaluation of Stage C: `x` is [N, 16, h, w], `t` [N], `text` [N, tokens, width]; gives the noise that it
+/// sees in `x`, F32 [N, 16, h, w].
+///
+/// Owner: the caller frees `*noise` with wst_tensor_free.
+/// Threads: any.
+/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_stage_c_predict(
+    model: *const wst_model,
+    x: *const wst_tensor,
+    t: *const wst_tensor,
+    text: *const wst_tensor,
+    noise: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_stage_c_predict", error, HandleOut("noise", noise), |call| {
+            let model = call.handle("model", model)?;
+            let x = floats("x", &handle_in("x", x)?.tensor, "[N, C, h, w]")?;
+            let t = floats("t", &handle_in("t", t)?.tensor, "[N]")?;
+            let text = floats("text", &handle_in("text", text)?.tensor, "[N, tokens, width]")?;
+            result(model.model.stage_c_predict(&x, &t, &text)?)
+        })
+    }
+}
+
+/// All of Stage C: `text` [N, tokens, width] to latents, F32 [N, 16, h, w]. `negative_text`, of the shape of `text`,
+/// and `initial_noise`, [N, 16, h, w] (else from the seed), may be NULL. Prompts in the options are not used.
+///
+/// Owner: the caller frees `*latents` with wst_tensor_free.
+/// Threads: any; the progress callback comes on this thread.
+/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_stage_c_sample(
+    model: *const wst_model,
+    text: *const wst_tensor,
+    negative_text: *const wst_tensor,
+    initial_noise: *const wst_tensor,
+    options: *const wst_generate_options,
+    latents: *mut *mut wst_tensor,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_stage_c_sample", error, HandleOut("latents", latents), |call| {
+            let model = call.handle("model", model)?;
+            let text = floats("text", &handle_in("text", text)?.tensor, "[N, tokens, width]")?;
+            let negative = optional_in("negative_text", negative_text)?
+                .map(|t| floats("negative_text", &t.tensor, "[N, tokens, width]"))
+                .transpose()?;
+            let noise = optional_in("initial_noise", initial_noise)?
+                .map(|t| floats("initial_noise", &t.tensor, "[N, C, h, w]"))
+                .transpose()?;
+            let run = handle_in("options", options)?.for_run(|report| report())?;
+            result(model.model.stage_c_sample(&text, negative.as_ref(), noise.as_ref(), &run)?)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_change_at_the_boundary_and_back() {
+        // [N, C, H, W] = [2, 3, 2, 5], value = its own index.
+        let values: Vec<f32> = (0..60).map(|v| v as f32).collect();
+        let first = Tensor::from_slice(&[2, 3, 2, 5], &values).unwrap();
+        let last = floats("x", &first, "[N, C, h, w]").unwrap();
+        assert_eq!(last.dims(), [2, 2, 5, 3]);
+        let seen = last.slice::<f32>().unwrap();
+        for (n, c, h, w) in [(0, 0, 0, 0), (1, 2, 1, 4), (1, 0, 1, 3), (0, 2, 0, 1)] {
+            assert_eq!(seen[((n * 2 + h) * 5 + w) * 3 + c], (((n * 3 + c) * 2 + h) * 5 + w) as f32);
+        }
+        let back = result(last).unwrap();
+        assert_eq!(back.tensor.dims(), [2, 3, 2, 5]);
+        assert_eq!(back.tensor.slice::<f32>().unwrap(), values);
+    }
+
+    #[test]
+    fn narrow_floats_are_widened_and_others_refused() {
+        let halves: Vec<f16> = [0.5, -2.0, 65504.0].map(f16::from_f32).to_vec();
+        let wide = floats("t", &Tensor::from_slice(&[3], &halves).unwrap(), "[N]").unwrap();
+        assert_eq!(wide.slice::<f32>().unwrap(), [0.5, -2.0, 65504.0]);
+        let bytes = Tensor::from_slice(&[3], &[1u8, 2, 3]).unwrap();
+        let message = floats("t", &bytes, "[N]").unwrap_err().to_string();
+        assert!(message.starts_with("t: expected elements of type F32"), "{message}");
+        let message = floats("x", &bytes, "[N, C, h, w]").unwrap_err().to_string();
+        assert!(message.starts_with("x: expected 4 dimensions [N, C, h, w], found [3]"), "{message}");
+    }
+}

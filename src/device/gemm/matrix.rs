@@ -1,0 +1,131 @@
+//! The second factor of a product: its numbers, their order, and where a part of it lies.
+
+use half::{bf16, f16};
+
+use super::{Part, fits};
+use crate::device::simd::prefetch;
+use crate::error::Result;
+
+/// How B holds its K x N numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// `[N, K]`: row n holds the K weights of output n, as a linear layer stores them.
+    RowsAreOutputs,
+    /// `[K, N]`: row k holds what input k contributes to each output.
+    RowsAreInputs,
+}
+
+/// Numbers of one of the float types, to be widened to f32.
+#[derive(Debug, Clone, Copy)]
+pub enum Values<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// 16-bit IEEE floats.
+    F16(&'a [f16]),
+    /// 16-bit brain floats.
+    BF16(&'a [bf16]),
+}
+
+impl Values<'_> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            Values::F32(v) => v.len(),
+            Values::F16(v) => v.len(),
+            Values::BF16(v) => v.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number `i` as f32.
+    #[inline(always)]
+    pub fn get(&self, i: usize) -> f32 {
+        match self {
+            Values::F32(v) => v[i],
+            Values::F16(v) => v[i].to_f32(),
+            Values::BF16(v) => v[i].to_f32(),
+        }
+    }
+
+    fn address(&self, i: usize) -> *const u8 {
+        match self {
+            Values::F32(v) => v.as_ptr().wrapping_add(i).cast(),
+            Values::F16(v) => v.as_ptr().wrapping_add(i).cast(),
+            Values::BF16(v) => v.as_ptr().wrapping_add(i).cast(),
+        }
+    }
+
+    fn size(&self) -> usize {
+        if matches!(self, Values::F32(_)) { 4 } else { 2 }
+    }
+}
+
+/// B of C = A op(B).
+#[derive(Debug, Clone, Copy)]
+pub struct MatrixB<'a> {
+    /// The numbers.
+    pub values: Values<'a>,
+    /// Their order.
+    pub layout: Layout,
+    /// Distance between rows.
+    pub leading: usize,
+}
+
+impl MatrixB<'_> {
+    /// # Errors
+    /// `InvalidArgument` unless `n` outputs of `k` inputs are all inside the slice.
+    pub(super) fn check(&self, n: usize, k: usize) -> Result<()> {
+        let (rows, columns) = match self.layout {
+            Layout::RowsAreOutputs => (n, k),
+            Layout::RowsAreInputs => (k, n),
+        };
+        fits("gemm: b", rows, columns, self.leading, self.values.len())
+    }
+
+    /// Where B(k, n) lies.
+    #[inline(always)]
+    pub(super) fn index(&self, k: usize, n: usize) -> usize {
+        match self.layout {
+            Layout::RowsAreOutputs => n * self.leading + k,
+            Layout::RowsAreInputs => k * self.leading + n,
+        }
+    }
+
+    /// Asks for share `i` of `count` of the cache lines of a part.
+    pub(super) fn prefetch(&self, part: Part, i: usize, count: usize) {
+        let (rows, length) = match self.layout {
+            Layout::RowsAreOutputs => (part.columns, part.depth),
+            Layout::RowsAreInputs => (part.depth, part.columns),
+        };
+        let first = self.index(part.k, part.n);
+        let lines = (length * self.values.size()).div_ceil(64);
+        // A part without lines runs no loop, so `line / lines` never divides by zero.
+        for line in (rows * lines * i / count)..(rows * lines * (i + 1) / count) {
+            let row = self.values.address(first + line / lines * self.leading);
+            prefetch(row.wrapping_add(line % lines * 64));
+        }
+    }
+
+    /// The plain definition of packing, for what the vector code of a kernel leaves over: the rows of `panel`
+    /// in `depths` and its columns in `columns`, `width` floats a row, zero beyond the part's columns.
+    #[inline(always)]
+    pub(super) fn pack_plain(
+        &self,
+        part: Part,
+        depths: std::ops::Range<usize>,
+        columns: std::ops::Range<usize>,
+        width: usize,
+        panel: &mut [f32],
+    ) {
+        for (i, row) in panel.chunks_exact_mut(width).enumerate().take(depths.end).skip(depths.start) {
+            for (j, to) in row.iter_mut().enumerate().take(columns.end).skip(columns.start) {
+                let inside = j < part.columns;
+                *to = if inside { self.values.get(self.index(part.k + i, part.n + j)) } else { 0.0 };
+            }
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! Matrix products C = A op(B) with f32 accumulation, the library's only one.
+//!
+//! C is `[M, N]`, A is `[M, K]`, both f32; B holds K x N numbers in f32, f16 or bf16, in either order, and is
+//! widened while it is packed into panels. K is cut into blocks of [`DEPTH`]; within a block
+//! every element of C sums its products in ascending k, and blocks are added in ascending order. So the bits
+//! of an element depend on its own row of A, its own column of B and the processor's SIMD level: never on M, N,
+//! its place, the threads or its neighbours.
+//!
+//! A block of A is copied to rows of a fixed odd number of cache lines, so that no leading dimension makes its
+//! rows collide in the L1 cache, and the kernel broadcasts from it; a panel of B stays in L1 while all
+//! rows of the block pass by; the tile of C lives in registers.
+
+#[cfg(target_arch = "x86_64")]
+mod kernel_avx2;
+#[cfg(target_arch = "x86_64")]
+mod kernel_avx512;
+mod kernel_baseline;
+mod matrix;
+mod plan;
+mod serial;
+#[cfg(test)]
+mod tests;
+
+pub use matrix::{Layout, MatrixB, Values};
+pub use serial::{Packed, Serial};
+
+use super::Context;
+use super::scratch::{Scratch, SharedMut, floats, floats_mut};
+use super::simd::{self, Level};
+use crate::error::{Error, Result};
+use plan::{Plan, Split};
+
+/// Length of a block of K: the same for every product, since it decides the order of sums.
+pub const DEPTH: usize = 256;
+
+/// Distance between the rows of a copied block of A, in floats: 17 cache lines.
+const A_STRIDE: usize = DEPTH + 16;
+
+/// The most rows of a block of A: with it, half the L2 cache stays free for C and B.
+const BLOCK_ROWS: usize = 288;
+
+/// One product: C = A op(B).
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm<'a> {
+    /// Rows of A and C.
+    pub m: usize,
+    /// Columns of C.
+    pub n: usize,
+    /// Columns of A: the summed dimension.
+    pub k: usize,
+    /// A, row-major: element (i, j) at `i * lda + j`.
+    pub a: &'a [f32],
+    /// Distance between rows of A.
+    pub lda: usize,
+    /// B.
+    pub b: MatrixB<'a>,
+}
+
+/// A register-blocked inner kernel and its packing.
+trait Kernel: Send + Sync {
+    /// The most rows of a tile.
+    const ROWS: usize;
+    /// Columns of a tile and of a panel of B.
+    const COLUMNS: usize;
+
+    /// C tile (+)= A tile x panel.
+    ///
+    /// # Safety
+    /// The processor has the kernel's instructions; slices and pointers of `tile` reach what [`Tile`] says.
+    unsafe fn multiply(tile: &Tile<'_>);
+
+    /// Writes `depth` rows of [`Kernel::COLUMNS`] floats to `panel`: B from (k, n) on; columns beyond
+    /// `columns` are zero.
+    ///
+    /// # Safety
+    /// The processor has the kernel's instructions; the part of B is inside its slice; `panel` has room.
+    unsafe fn pack(b: &MatrixB, part: Part, panel: &mut [f32]);
+}
+
+/// A part of B: `depth` values of k from `k`, `columns` outputs from `n`.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    k: usize,
+    depth: usize,
+    n: usize,
+    columns: usize,
+}
+
+/// What one call of a kernel computes.
+struct Tile<'a> {
+    /// At most [`Kernel::ROWS`].
+    rows: usize,
+    /// At most [`Kernel::COLUMNS`].
+    columns: usize,
+    /// Length of the sums.
+    depth: usize,
+    /// `rows` rows, [`A_STRIDE`] apart, of `depth` floats.
+    a: &'a [f32],
+    /// `depth` rows of [`Kernel::COLUMNS`] floats.
+    panel: &'a [f32],
+    /// `rows` rows, `ldc` apart, of `columns` floats.
+    c: *mut f32,
+    ldc: usize,
+    /// Whether to add to C rather than overwrite it.
+    accumulate: bool,
+}
+
+impl Tile<'_> {
+    /// # Safety
+    /// `c` reaches what its comment says, and no other thread touches that; the processor has `K`'s instructions.
+    unsafe fn run<K: Kernel>(&self) {
+        assert!((1..=K::ROWS).contains(&self.rows) && (1..=K::COLUMNS).contains(&self.columns));
+        assert!(self.a.len() >= (self.rows - 1) * A_STRIDE + self.depth);
+        assert!(self.panel.len() >= self.depth * K::COLUMNS);
+        // SAFETY: the slices were just measured; the rest is this function's contract.
+        unsafe { K::multiply(self) };
+    }
+}
+
+/// Runs `$body` with `$kernel` naming the kernel of `$level`.
+macro_rules! with_kernel {
+    ($level:expr, $kernel:ident => $body:expr) => {
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                type $kernel = $crate::device::gemm::kernel_avx512::Avx512;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => {
+                type $kernel = $crate::device::gemm::kernel_avx2::Avx2;
+                $body
+            }
+            _ => {
+                type $kernel = $crate::device::gemm::kernel_baseline::Baseline;
+                $body
+            }
+        }
+    };
+}
+use with_kernel;
+
+/// C = A op(B), then `epilogue` on every element of C, on the device's threads.
+///
+/// `out[i * ldc + j]` becomes element (i, j) of C; what lies between rows is left alone. `epilogue(i, j, v)`
+/// gets finished runs of row i, from column j on, while they are in cache: each element exactly once.
+///
+/// # Errors
+/// `InvalidArgument` if a slice is too short for its shape; `OutOfMemory`; `Cancelled`.
+pub fn gemm(
+    cx: &Context,
+    product: &Gemm,
+    out: &mut [f32],
+    ldc: usize,
+    epilogue: impl Fn(usize, usize, &mut [f32]) + Sync,
+) -> Result<()> {
+    product.check(out.len(), ldc)?;
+    if product.m == 0 || product.n == 0 {
+        return cx.check();
+    }
+    let out = SharedMut::new(out);
+    with_kernel!(simd::level(), K => run::<K>(cx, product, out, ldc, &epilogue))
+}
+
+impl Gemm<'_> {
+    /// # Errors
+    /// `InvalidArgument` unless every element that the product reaches is inside its slice.
+    fn check(&self, out: usize, ldc: usize) -> Result<()> {
+        fits("gemm: a", self.m, self.k, self.lda, self.a.len())?;
+        fits("gemm: out", self.m, self.n, ldc, out)?;
+        self.b.check(self.n, self.k)
+    }
+}
+
+/// # Errors
+/// `InvalidArgument` unless `rows` rows of `columns` elements, `stride` apart, fit into `len` elements.
+fn fits(name: &str, rows: usize, columns: usize, stride: usize, len: usize) -> Result<()> {
+    if rows == 0 || columns == 0 {
+        return Ok(());
+    }
+    let needed = (rows - 1).checked_mul(stride).and_then(|n| n.checked_add(columns));
+    if (columns <= stride || rows == 1) && needed.is_some_and(|needed| needed <= len) {
+        return Ok(());
+    }
+    let expected = format!("{rows} rows of {columns} elements, {stride} apart");
+    Err(Error::argument(name, expected, format!("{len} elements")))
+}
+
+type EpilogueFn<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
+
+fn run<K: Kernel>(
+    cx: &Context,
+    product: &Gemm,
+    out: SharedMut<f32>,
+    ldc: usize,
+    epilogue: &EpilogueFn,
+) -> Result<()> {
+    let plan = Plan::new::<K>(product.m, product.n, product.k, cx.device().threads());
+    let job = Job::<K> { product, out, ldc, epilogue, kernel: std::marker::PhantomData };
+    match plan.split {
+        Split::Columns { per_task } => job.split_columns(cx, &plan, per_task),
+        Split::Rows { columns_at_once } => job.split_rows(cx, &plan, columns_at_once),
+    }
+}
+
+/// A rectangle of C.
+#[derive(Debug, Clone, Copy)]
+struct Area {
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+}
+
+struct Job<'a, K> {
+    product: &'a Gemm<'a>,
+    out: SharedMut<f32>,
+    ldc: usize,
+    epilogue: &'a EpilogueFn<'a>,
+    kernel: std::marker::PhantomData<K>,
+}
+
+impl<K: Kernel> Job<'_, K> {
+    /// Every task owns some columns and packs its panels just before it uses them: for few rows.
+    fn split_columns(&self, cx: &Context, plan: &Plan, per_task: usize) -> Result<()> {
+        let Gemm { n, .. } = *self.product;
+        let columns = n.div_ceil(per_task);
+        let tasks = columns * plan.blocks;
+        let floats = plan.rows * A_STRIDE + DEPTH * K::COLUMNS;
+        let scratch = Scratch::new(cx.device(), "a matrix product", tasks, floats)?;
+        cx.parallel(tasks, |task| {
+            let area = plan.area(task / columns, task % columns * per_task, per_task, n);
+            scratch.with(|floats| {
+                let (panel, a) = floats.split_at_mut(DEPTH * K::COLUMNS);
+                self.fresh_panels(area, a, panel);
+            });
+        })
+    }
+
+    fn fresh_panels(&self, area: Area, a: &mut [f32], panel: &mut [f32]) {
+        let Gemm { k, ref b, .. } = *self.product;
+        for block in blocks(k) {
+            self.copy_a(area, block, a);
+            for (n, columns) in steps(area.column, area.columns, K::COLUMNS) {
+                let part = Part { columns, n, k: block.0, depth: block.1 };
+                // SAFETY: `check` saw all of B inside its slice; this level was detected.
+                unsafe { K::pack(b, part, panel) };
+                let next = self.next_part(area, part);
+                self.tiles(Area { column: n, columns, ..area }, block, a, panel, |share, shares| {
+                    b.prefetch(next, share, shares);
+                });
+            }
+        }
+        self.finish(area);
+    }
+
+    /// What is packed after `part`; empty after the last.
+    fn next_part(&self, area: Area, part: Part) -> Part {
+        let n = part.n + part.columns;
+        if n < area.column + area.columns {
+            return Part { n, columns: K::COLUMNS.min(area.column + area.columns - n), ..part };
+        }
+        let k = part.k + part.depth;
+        let columns = K::COLUMNS.min(area.columns);
+        Part { k, depth: DEPTH.min(self.product.k - k), n: area.column, columns }
+    }
+
+    /// All of B is packed once, some columns at a time, then every task owns some rows: for many rows.
+    fn split_rows(&self, cx: &Context, plan: &Plan, columns_at_once: usize) -> Result<()> {
+        let Gemm { n, k, ref b, .. } = *self.product;
+        let panel_floats = k * K::COLUMNS;
+        let panels = columns_at_once.div_ceil(K::COLUMNS);
+        let bytes = (panels * panel_floats).saturating_mul(size_of::<f32>());
+        let mut packed = cx.device().take("a packed matrix", bytes)?;
+        let scratch = Scratch::new(cx.device(), "a matrix product", plan.blocks, plan.rows * A_STRIDE)?;
+        for (first, columns) in steps(0, n, columns_at_once) {
+            let shared = SharedMut::new(floats_mut(&mut packed));
+            cx.parallel(columns.div_ceil(K::COLUMNS), |panel| {
+                // SAFETY: each task has its own panel of the buffer, which outlives the loop.
+                let floats = unsafe { shared.part(panel * panel_floats, panel_floats) };
+                let n = first + panel * K::COLUMNS;
+                pack_panel::<K>(b, k, n, K::COLUMNS.min(first + columns - n), floats);
+            })?;
+            let packed = floats(&packed);
+            cx.parallel(plan.blocks, |task| {
+                let area = plan.area(task, first, columns, n);
+                scratch.with(|a| self.packed_panels(area, a, packed));
+            })?;
+        }
+        Ok(())
+    }
+
+    fn packed_panels(&self, area: Area, a: &mut [f32], packed: &[f32]) {
+        let k = self.product.k;
+        for block in blocks(k) {
+            self.copy_a(area, block, a);
+            for (i, (column, columns)) in steps(area.column, area.columns, K::COLUMNS).enumerate() {
+                let panel = &packed[(i * k + block.0) * K::COLUMNS..][..block.1 * K::COLUMNS];
+                self.tiles(Area { column, columns, ..area }, block, a, panel, |_, _| ());
+            }
+        }
+        self.finish(area);
+    }
+
+    /// Copies a block of A to rows [`A_STRIDE`] apart.
+    fn copy_a(&self, area: Area, (k, depth): (usize, usize), to: &mut [f32]) {
+        let Gemm { a, lda, .. } = *self.product;
+        copy_rows(&a[area.row * lda + k..], lda, area.rows, depth, to);
+    }
+
+    /// One panel's tiles, `between` being called with (i, count) before tile i.
+    fn tiles(
+        &self,
+        area: Area,
+        (k, depth): (usize, usize),
+        a: &[f32],
+        panel: &[f32],
+        between: impl Fn(usize, usize),
+    ) {
+        let count = area.rows.div_ceil(K::ROWS);
+        for i in 0..count {
+            between(i, count);
+            let first = i * K::ROWS;
+            let rows = K::ROWS.min(area.rows - first);
+            let at = (area.row + first) * self.ldc + area.column;
+            let c = self.out.pointer(at, (rows - 1) * self.ldc + area.columns);
+            let (ldc, accumulate) = (self.ldc, k > 0);
+            let a = &a[first * A_STRIDE..];
+            let tile = Tile { rows, columns: area.columns, depth, a, panel, c, ldc, accumulate };
+            // SAFETY: `pointer` checked the bounds of C, this task alone owns the area; the level was detected.
+            unsafe { tile.run::<K>() };
+        }
+    }
+
+    /// The epilogue over finished rows.
+    fn finish(&self, area: Area) {
+        for row in area.row..area.row + area.rows {
+            // SAFETY: this task alone owns the area of `out`.
+            let values = unsafe { self.out.part(row * self.ldc + area.column, area.columns) };
+            if self.product.k == 0 {
+                values.fill(0.0);
+            }
+            (self.epilogue)(row, area.column, values);
+        }
+    }
+}
+
+/// A whole column panel of B: all blocks of K, one below the other.
+fn pack_panel<K: Kernel>(b: &MatrixB, k: usize, n: usize, columns: usize, panel: &mut [f32]) {
+    for (k, depth) in blocks(k) {
+        let part = Part { k, depth, n, columns };
+        // SAFETY: callers checked that B's slice holds n + columns outputs of k inputs; the level was detected.
+        unsafe { K::pack(b, part, &mut panel[k * K::COLUMNS..(k + depth) * K::COLUMNS]) };
+    }
+}
+
+/// Copies `rows` rows of `depth` floats, `stride` apart, to rows [`A_STRIDE`] apart.
+fn copy_rows(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+    for (i, to) in to.chunks_mut(A_STRIDE).take(rows).enumerate() {
+        to[..depth].copy_from_slice(&from[i * stride..][..depth]);
+    }
+}
+
+/// The blocks of K: (first, length).
+fn blocks(k: usize) -> impl Iterator<Item = (usize, usize)> {
+    steps(0, k, DEPTH)
+}
+
+/// `count` numbers from `start` on, cut into runs of at most `step`: (first, length).
+fn steps(start: usize, count: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..count).step_by(step.max(1)).map(move |i| (start + i, step.min(count - i)))
+}

@@ -1,0 +1,116 @@
+//! What the tests of the ops share.
+
+use crate::device::simd::Level;
+use crate::device::{Context, Device};
+use crate::error::Result;
+use crate::ops::activation::Activation;
+use crate::ops::kernels;
+use crate::tensor::rng::Philox;
+use crate::tensor::{DType, Tensor};
+
+/// A context on one thread.
+pub fn cx() -> Context {
+    Context::new(&Device::cpu(1).unwrap())
+}
+
+/// Normal numbers.
+pub fn random(dims: &[usize], seed: u64) -> Tensor {
+    let mut values = vec![0f32; dims.iter().product()];
+    Philox::new(seed, 0).fill_normal(&mut values, 0);
+    Tensor::from_slice(dims, &values).unwrap()
+}
+
+/// The same numbers, rounded to another float type.
+pub fn cast(x: &Tensor, dtype: DType) -> Tensor {
+    let values = x.slice::<f32>().unwrap();
+    match dtype {
+        DType::F16 => {
+            let cast: Vec<_> = values.iter().map(|&v| half::f16::from_f32(v)).collect();
+            Tensor::from_slice(x.dims(), &cast).unwrap()
+        }
+        DType::BF16 => {
+            let cast: Vec<_> = values.iter().map(|&v| half::bf16::from_f32(v)).collect();
+            Tensor::from_slice(x.dims(), &cast).unwrap()
+        }
+        _ => x.clone(),
+    }
+}
+
+/// The numbers of a float tensor, exactly.
+pub fn wide(x: &Tensor) -> Vec<f64> {
+    let mut values = vec![0f32; x.elements()];
+    kernels::widen(x, 0, &mut values).unwrap();
+    values.into_iter().map(f64::from).collect()
+}
+
+/// Panics unless `actual` has the shape and, to within `tolerance` of the largest, the numbers.
+pub fn close(actual: &Tensor, dims: &[usize], expected: &[f64], tolerance: f64) {
+    assert_eq!(actual.dims(), dims);
+    let scale = expected.iter().fold(1f64, |m, v| m.max(v.abs()));
+    for (i, (&a, &e)) in actual.slice::<f32>().unwrap().iter().zip(expected).enumerate() {
+        assert!((f64::from(a) - e).abs() <= tolerance * scale, "element {i}: {a}, expected {e}");
+    }
+}
+
+/// Panics unless two results are close, as those of different instruction sets are.
+fn similar(a: &Tensor, b: &Tensor, level: Level) {
+    assert_eq!(a.dims(), b.dims());
+    if let (Ok(a), Ok(b)) = (a.slice::<f32>(), b.slice::<f32>()) {
+        let scale = a.iter().fold(1f32, |m, v| m.max(v.abs()));
+        let same = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * scale;
+        assert!(a.iter().zip(b).all(same), "{level:?} differs");
+    }
+    if let (Ok(a), Ok(b)) = (a.slice::<i64>(), b.slice::<i64>()) {
+        let differing = a.iter().zip(b).filter(|(a, b)| a != b).count();
+        assert!(differing * 50 <= a.len(), "{level:?} chooses {differing} of {} otherwise", a.len());
+    }
+}
+
+/// The result of `op`, after checking that 1, 2 and 5 threads give the same bits, and poorer instruction sets
+/// about the same numbers.
+pub fn on_threads(op: impl Fn(&Context) -> Result<Tensor>) -> Tensor {
+    let mut results =
+        [1, 2, 5].map(|threads| op(&Context::new(&Device::cpu(threads).unwrap())).unwrap()).to_vec();
+    let first = results.remove(0);
+    for other in results {
+        assert_eq!(first.dims(), other.dims());
+        assert!(first.bytes() == other.bytes(), "the bits depend on the thread count");
+    }
+    kernels::at_poorer_levels(|level| similar(&first, &op(&cx()).unwrap(), level));
+    first
+}
+
+/// [`on_threads`] for an op over a batch, after checking that each sample alone gives the same bits.
+pub fn on_batch(x: &Tensor, op: impl Fn(&Context, &Tensor, usize, usize) -> Result<Tensor>) -> Tensor {
+    let samples = x.dims()[0];
+    let whole = on_threads(|cx| op(cx, x, 0, samples));
+    for n in 0..samples {
+        let alone = op(&cx(), &x.narrow(n, 1).unwrap(), n, 1).unwrap();
+        assert!(alone.bytes() == whole.narrow(n, 1).unwrap().bytes(), "the bits depend on the batch");
+    }
+    whole
+}
+
+/// The definitions of the activations, in f64.
+pub fn activation(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::None => x,
+        Activation::Relu => x.max(0.0),
+        Activation::LeakyRelu(slope) => x.max(0.0) + f64::from(slope) * x.min(0.0),
+        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => {
+            // Phi by Simpson's rule over the density from 0.
+            let (steps, density) = (2000, |t: f64| (-t * t / 2.0).exp());
+            let h = x / f64::from(steps);
+            let sum: f64 = (0..steps)
+                .map(|i| {
+                    let t = f64::from(i) * h;
+                    density(t) + 4.0 * density(t + h / 2.0) + density(t + h)
+                })
+                .sum();
+            x * (0.5 + sum * h / 6.0 / std::f64::consts::TAU.sqrt())
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Depthwise convolution, and the grouped one that joins a skip: each output channel sees its own few inputs.
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use crate::device::Context;
+use crate::error::{Error, Result};
+use crate::ops::activation::Activation;
+use crate::ops::kernels;
+use crate::tensor::{DType, Tensor};
+
+/// The largest kernel: 7 x 7.
+pub const MAX_KERNEL: usize = 7;
+
+/// What lies beyond the edge of the image, `k/2` pixels deep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Padding {
+    /// Zeros.
+    Zero,
+    /// The nearest pixel of the image.
+    Replicate,
+}
+
+/// What follows the convolution, done for a pixel while its channels are still in cache.
+#[derive(Debug, Clone, Copy)]
+pub enum Then<'a> {
+    /// Nothing.
+    None,
+    /// Layer normalisation over the channels.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f32,
+    },
+    /// `residual + gain * y`.
+    ScaledResidual {
+        /// The factor.
+        gain: f32,
+        /// Of the shape of the result.
+        residual: &'a Tensor,
+    },
+    /// `activation(y * scale + shift)`: a folded batch normalisation.
+    ChannelAffine {
+        /// `[C]`.
+        scale: &'a Tensor,
+        /// `[C]`.
+        shift: &'a Tensor,
+        /// The nonlinearity.
+        activation: Activation,
+    },
+}
+
+/// The parameters of [`depthwise_conv`].
+#[derive(Debug, Clone, Copy)]
+pub struct DepthwiseConv<'a> {
+    /// `[C, G, k, k]`, k odd: output channel i reads the input channels `i*G .. (i+1)*G`.
+    pub weight: &'a Tensor,
+    /// `[C]`.
+    pub bias: Option<&'a Tensor>,
+    /// Distance between the pixels that are computed.
+    pub stride: usize,
+    /// What lies beyond the edge.
+    pub padding: Padding,
+    /// What follows.
+    pub then: Then<'a>,
+}
+
+/// `y[n,i,j,c] = bias[c] + sum over g,u,v of weight[c,g,u,v] * z[n, i*s+u-k/2, j*s+v-k/2, c*G+g]`, then
+/// [`Then`], where z is `x`, or the concatenation of `x` and `skip` over channels.
+///
+/// # Shapes
+/// `x` `[N, H, W, X]`, `skip` `[N, H, W, S]`, with X + S = C * G; the result
+/// `[N, (H + 2(k/2) - k)/s + 1, (W + 2(k/2) - k)/s + 1, C]`. For k odd and s = 1 that is `[N, H, W, C]`.
+///
+/// # Errors
+/// `InvalidArgument` if shapes do not fit together, the kernel is not square, odd and at most
+/// [`MAX_KERNEL`], or the stride is 0.
+pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &DepthwiseConv) -> Result<Tensor> {
+    let shape = shape(x, skip, p)?;
+    let joined = match (skip, shape.groups) {
+        (None, 1) => x.clone(),
+        _ => join(cx, x, skip, shape.groups)?,
+    };
+    let weight = reorder(cx, p.weight)?;
+    let bias = match p.bias {
+        Some(bias) => kernels::channel_vector(cx, "depthwise bias", bias, shape.channels)?,
+        None => Tensor::zeros(cx, "depthwise bias", &[shape.channels], DType::F32)?,
+    };
+    let dims = [x.dims()[0], shape.out_height, shape.out_width, shape.channels];
+    let then = HeldThen::new(cx, &p.then, &dims)?;
+    let job = cpu::Job {
+        shape,
+        padding: p.padding,
+        input: joined.slice()?,
+        weight: weight.slice()?,
+        bias: bias.slice()?,
+        then: then.borrow()?,
+    };
+    let mut out = Tensor::new(cx, "depthwise convolution", &dims, DType::F32)?;
+    let row = shape.out_width * shape.channels;
+    let rows = kernels::rows_per_task(row);
+    kernels::parallel_chunks(cx, out.slice_mut()?, rows * row, |i, part| {
+        cpu::rows(&job, i * rows, part);
+    })?;
+    Ok(out)
+}
+
+/// Sizes that are known to fit together.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    height: usize,
+    width: usize,
+    out_height: usize,
+    out_width: usize,
+    channels: usize,
+    groups: usize,
+    kernel: usize,
+    stride: usize,
+}
+
+fn shape(x: &Tensor, skip: Option<&Tensor>, p: &DepthwiseConv) -> Result<Sizes> {
+    let [n, height, width, from_x] = x.dims_of::<4>("depthwise input")?;
+    let from_skip = match skip {
+        None => 0,
+        Some(skip) => match skip.dims_of::<4>("depthwise skip")? {
+            [sn, sh, sw, channels] if [sn, sh, sw] == [n, height, width] => channels,
+            _ => {
+                return Err(Error::argument(
+                    "depthwise skip",
+                    format!("the size of {}", x.shape()),
+                    skip.shape(),
+                ));
+            }
+        },
+    };
+    let [channels, groups, kernel, across] = p.weight.dims_of::<4>("depthwise weight")?;
+    if kernel != across || kernel % 2 == 0 || kernel > MAX_KERNEL {
+        let expected = format!("a square odd kernel of at most {MAX_KERNEL}");
+        return Err(Error::argument("depthwise weight", expected, p.weight.shape()));
+    }
+    if channels * groups != from_x + from_skip || channels == 0 {
+        let expected = format!("{} input channels", channels * groups);
+        return Err(Error::argument("depthwise input", expected, from_x + from_skip));
+    }
+    if p.stride == 0 || height == 0 || width == 0 {
+        return Err(Error::argument("depthwise convolution", "a stride and a size of at least 1", x.shape()));
+    }
+    let out = |size: usize| (size - 1) / p.stride + 1;
+    let (out_height, out_width) = (out(height), out(width));
+    Ok(Sizes { height, width, out_height, out_width, channels, groups, kernel, stride: p.stride })
+}
+
+/// `x` and `skip` side by side as `[.., G, C]`: entry (g, c) is channel `c*G + g` of the concatenation.
+fn join(cx: &Context, x: &Tensor, skip: Option<&Tensor>, groups: usize) -> Result<Tensor> {
+    let [n, h, w, from_x] = x.dims_of::<4>("depthwise input")?;
+    let from_skip = skip.map_or(0, |s| s.shape().channels());
+    let all = from_x + from_skip;
+    let channels = all / groups;
+    let first = x.slice::<f32>()?;
+    let second = match skip {
+        Some(skip) => skip.slice::<f32>()?,
+        None => &[],
+    };
+    let mut out = Tensor::new(cx, "joined skip", &[n, h, w, all], DType::F32)?;
+    let pixels = kernels::rows_per_task(all);
+    kernels::parallel_chunks(cx, out.slice_mut()?, pixels * all, |i, part| {
+        for (pixel, row) in (i * pixels..).zip(part.chunks_exact_mut(all)) {
+            cpu::join_pixel(
+                &first[pixel * from_x..][..from_x],
+                &second[pixel * from_skip..][..from_skip],
+                channels,
+                row,
+            );
+        }
+    })?;
+    Ok(out)
+}
+
+/// The weight `[C, G, k, k]` as `[k*k, G, C]`, so that channels are contiguous as they are in the image.
+fn reorder(cx: &Context, weight: &Tensor) -> Result<Tensor> {
+    let [channels, groups, kernel, _] = weight.dims_of::<4>("depthwise weight")?;
+    let taps = kernel * kernel;
+    let wide = kernels::widened(cx, "depthwise weight", weight)?;
+    let source = wide.slice::<f32>()?;
+    let mut out = Tensor::new(cx, "depthwise weight", &[taps, groups, channels], DType::F32)?;
+    let target = out.slice_mut::<f32>()?;
+    for (c, of_channel) in source.chunks_exact(groups * taps).enumerate() {
+        for (g, of_group) in of_channel.chunks_exact(taps).enumerate() {
+            for (tap, value) in of_group.iter().enumerate() {
+                target[(tap * groups + g) * channels + c] = *value;
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// [`Then`] with its vectors widened.
+enum HeldThen {
+    None,
+    LayerNorm(f32),
+    Residual(f32, Tensor),
+    Affine(Tensor, Tensor, Activation),
+}
+
+impl HeldThen {
+    fn new(cx: &Context, then: &Then, dims: &[usize; 4]) -> Result<Self> {
+        Ok(match *then {
+            Then::None => HeldThen::None,
+            Then::LayerNorm { eps } => HeldThen::LayerNorm(eps),
+            Then::ScaledResidual { gain, residual } => {
+                if residual.dims() != dims {
+                    return Err(Error::argument("depthwise residual", format!("{dims:?}"), residual.shape()));
+                }
+                HeldThen::Residual(gain, residual.clone())
+            }
+            Then::ChannelAffine { scale, shift, activation } => HeldThen::Affine(
+                kernels::channel_vector(cx, "depthwise scale", scale, dims[3])?,
+                kernels::channel_vector(cx, "depthwise shift", shift, dims[3])?,
+                activation,
+            ),
+        })
+    }
+
+    fn borrow(&self) -> Result<cpu::Then<'_>> {
+        Ok(match self {
+            HeldThen::None => cpu::Then::None,
+            HeldThen::LayerNorm(eps) => cpu::Then::LayerNorm(*eps),
+            HeldThen::Residual(gain, residual) => cpu::Then::Residual(*gain, residual.slice()?),
+            HeldThen::Affine(scale, shift, activation) => {
+                cpu::Then::Affine(scale.slice()?, shift.slice()?, *activation)
+            }
+        })
+    }
+}

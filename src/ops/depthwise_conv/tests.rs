@@ -1,0 +1,206 @@
+use super::*;
+use crate::ops::check;
+
+struct Case {
+    x: Tensor,
+    skip: Option<Tensor>,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    stride: usize,
+    padding: Padding,
+}
+
+/// The definition, without what follows.
+fn naive(case: &Case) -> (Vec<usize>, Vec<f64>) {
+    let [n, h, w, cx] = case.x.dims_of::<4>("x").unwrap();
+    let [c, g, k, _] = case.weight.dims_of::<4>("w").unwrap();
+    let cs = case.skip.as_ref().map_or(0, |s| s.shape().channels());
+    let (x, weight) = (check::wide(&case.x), check::wide(&case.weight));
+    let skip = case.skip.as_ref().map(check::wide).unwrap_or_default();
+    let bias = case.bias.as_ref().map(check::wide);
+    let at = |n: usize, y: isize, x_at: isize, channel: usize| -> f64 {
+        let inside = y >= 0 && x_at >= 0 && y < h as isize && x_at < w as isize;
+        if !inside && case.padding == Padding::Zero {
+            return 0.0;
+        }
+        let y = y.clamp(0, h as isize - 1) as usize;
+        let pixel = (n * h + y) * w + x_at.clamp(0, w as isize - 1) as usize;
+        if channel < cx { x[pixel * cx + channel] } else { skip[pixel * cs + channel - cx] }
+    };
+    let pad = k / 2;
+    let (oh, ow) = ((h + 2 * pad - k) / case.stride + 1, (w + 2 * pad - k) / case.stride + 1);
+    let mut out = Vec::new();
+    for i in 0..n * oh * ow * c {
+        let (ch, ox, oy, b) = (i % c, i / c % ow, i / c / ow % oh, i / c / ow / oh);
+        let mut sum = bias.as_ref().map_or(0.0, |b| b[ch]);
+        for j in 0..g * k * k {
+            let (v, u, group) = (j % k, j / k % k, j / k / k);
+            let y = (oy * case.stride + u) as isize - pad as isize;
+            let x = (ox * case.stride + v) as isize - pad as isize;
+            sum += weight[ch * g * k * k + j] * at(b, y, x, ch * g + group);
+        }
+        out.push(sum);
+    }
+    (vec![n, oh, ow, c], out)
+}
+
+fn run(
+    case: &Case,
+    then: impl for<'a> Fn(usize, usize, &'a [Tensor]) -> Then<'a>,
+    held: &[Tensor],
+) -> Tensor {
+    check::on_batch(&case.x, |cx, x, first, count| {
+        let skip = case.skip.as_ref().map(|s| s.narrow(first, count).unwrap());
+        let held: Vec<Tensor> = held
+            .iter()
+            .map(|t| if t.dims().len() == 4 { t.narrow(first, count).unwrap() } else { t.clone() })
+            .collect();
+        let p = DepthwiseConv {
+            weight: &case.weight,
+            bias: case.bias.as_ref(),
+            stride: case.stride,
+            padding: case.padding,
+            then: then(first, count, &held),
+        };
+        depthwise_conv(cx, x, skip.as_ref(), &p)
+    })
+}
+
+fn case(dims: [usize; 4], skip: usize, channels: usize, k: usize, stride: usize, padding: Padding) -> Case {
+    let [n, h, w, cx] = dims;
+    Case {
+        x: check::random(&dims, 1),
+        skip: (skip > 0).then(|| check::random(&[n, h, w, skip], 2)),
+        weight: check::random(&[channels, (cx + skip) / channels, k, k], 3),
+        bias: (channels != 7).then(|| check::cast(&check::random(&[channels], 4), DType::F16)),
+        stride,
+        padding,
+    }
+}
+
+fn cases() -> Vec<Case> {
+    use Padding::{Replicate, Zero};
+    let mut half = case([2, 9, 11, 40], 0, 40, 3, 1, Zero);
+    half.weight = check::cast(&half.weight, DType::F16);
+    let mut brain = case([2, 6, 5, 72], 0, 72, 3, 1, Replicate);
+    brain.weight = check::cast(&brain.weight, DType::BF16);
+    vec![
+        half,
+        brain,
+        case([1, 1, 1, 1], 0, 1, 1, 1, Zero),
+        case([2, 1, 1, 5], 0, 5, 3, 1, Replicate),
+        case([2, 2, 3, 7], 0, 7, 5, 1, Zero),
+        case([3, 12, 13, 33], 0, 33, 3, 2, Zero),
+        case([1, 16, 21, 8], 0, 8, 5, 2, Replicate),
+        case([2, 5, 8, 33], 33, 33, 3, 1, Zero),
+        case([1, 4, 9, 10], 20, 10, 3, 1, Replicate),
+        case([1, 4, 9, 10], 5, 5, 3, 1, Zero),
+        case([2, 4, 3, 9], 0, 3, 3, 1, Zero),
+        case([1, 3, 30, 9], 0, 9, 7, 3, Zero),
+        case([2, 40, 40, 16], 0, 16, 3, 1, Zero),
+    ]
+}
+
+#[test]
+fn agrees_with_the_definition() {
+    for case in cases() {
+        let (dims, expected) = naive(&case);
+        check::close(&run(&case, |_, _, _| Then::None, &[]), &dims, &expected, 1e-6);
+    }
+}
+
+#[test]
+fn what_follows_agrees_with_the_definition() {
+    for case in cases() {
+        let (dims, conv) = naive(&case);
+        let c = dims[3];
+        let y = run(&case, |_, _, _| Then::LayerNorm { eps: 1e-3 }, &[]);
+        let expected: Vec<f64> = conv
+            .chunks(c)
+            .flat_map(|row| {
+                let mean = row.iter().sum::<f64>() / c as f64;
+                let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / c as f64;
+                row.iter().map(move |v| (v - mean) / (var + f64::from(1e-3f32)).sqrt())
+            })
+            .collect();
+        check::close(&y, &dims, &expected, 1e-5);
+
+        let residual = check::random(&dims, 9);
+        let y = run(
+            &case,
+            |_, _, held| Then::ScaledResidual { gain: 0.3, residual: &held[0] },
+            std::slice::from_ref(&residual),
+        );
+        let expected: Vec<f64> =
+            conv.iter().zip(check::wide(&residual)).map(|(v, r)| v * f64::from(0.3f32) + r).collect();
+        check::close(&y, &dims, &expected, 1e-6);
+
+        let held = [check::cast(&check::random(&[c], 10), DType::BF16), check::random(&[c], 11)];
+        let y = run(
+            &case,
+            |_, _, held| Then::ChannelAffine {
+                scale: &held[0],
+                shift: &held[1],
+                activation: Activation::Silu,
+            },
+            &held,
+        );
+        let (scale, shift) = (check::wide(&held[0]), check::wide(&held[1]));
+        let expected: Vec<f64> = conv
+            .iter()
+            .enumerate()
+            .map(|(i, v)| check::activation(Activation::Silu, v * scale[i % c] + shift[i % c]))
+            .collect();
+        check::close(&y, &dims, &expected, 2e-6);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (x, even) = (check::random(&[1, 4, 4, 6], 1), check::random(&[6, 1, 2, 2], 2));
+    let three = check::random(&[6, 1, 3, 3], 2);
+    let p = |weight, stride| DepthwiseConv {
+        weight,
+        bias: None,
+        stride,
+        padding: Padding::Zero,
+        then: Then::None,
+    };
+    let cx = check::cx();
+    assert!(depthwise_conv(&cx, &x, None, &p(&even, 1)).is_err());
+    assert!(depthwise_conv(&cx, &x, None, &p(&three, 0)).is_err());
+    assert!(depthwise_conv(&cx, &x, Some(&x), &p(&three, 1)).is_err());
+    assert!(depthwise_conv(&cx, &x, Some(&check::random(&[1, 4, 3, 6], 1)), &p(&three, 1)).is_err());
+    assert!(depthwise_conv(&cx, &x, None, &p(&three, 1)).is_ok());
+}
+
+/// `cargo test --release depthwise_speed -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn depthwise_speed() {
+    let cx = check::cx();
+    for (dims, k) in
+        [([1, 128, 128, 384], 3), ([1, 24, 24, 1536], 3), ([2, 32, 32, 1280], 3), ([1, 64, 64, 640], 5)]
+    {
+        let x = check::random(&dims, 1);
+        let weight = check::random(&[dims[3], 1, k, k], 2);
+        let mut best = f64::MAX;
+        for _ in 0..20 {
+            let start = std::time::Instant::now();
+            crate::ops::elementwise::activate(&cx, x.clone(), Activation::None).unwrap();
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        println!("copy {:.3} ms", best * 1e3);
+        for then in [Then::None, Then::LayerNorm { eps: 1e-6 }] {
+            let p = DepthwiseConv { weight: &weight, bias: None, stride: 1, padding: Padding::Zero, then };
+            let mut best = f64::MAX;
+            for _ in 0..20 {
+                let start = std::time::Instant::now();
+                depthwise_conv(&cx, &x, None, &p).unwrap();
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            let bytes = 8.0 * x.elements() as f64;
+            println!("{dims:?} k {k} {then:?}: {:.3} ms, {:.1} GB/s", best * 1e3, bytes / best / 1e9);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! What the kernels share: parallel loops over disjoint parts of an output, instantiation per instruction set,
+//! and sums whose order is fixed.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::device::Context;
+#[cfg(test)]
+use crate::device::simd;
+pub(crate) use crate::device::simd::fma as mul_add;
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// About how many numbers one task of a parallel loop writes: long against the cost of handing it out, and
+/// fixed, so that the partition never depends on the threads.
+const TASK_ELEMENTS: usize = 16 << 10;
+
+/// How many rows of `row` numbers make one task.
+pub(crate) fn rows_per_task(row: usize) -> usize {
+    (TASK_ELEMENTS / row.max(1)).max(1)
+}
+
+/// An output that several threads write at once, each its own part.
+pub(crate) struct SharedOut<'a, T> {
+    data: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the only access is `slice`, whose callers keep the parts disjoint.
+unsafe impl<T: Send> Sync for SharedOut<'_, T> {}
+
+impl<'a, T> SharedOut<'a, T> {
+    /// Lends out all of `out`.
+    pub fn new(out: &'a mut [T]) -> Self {
+        SharedOut { data: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
+    }
+
+    /// One part, to write. Panics if it is not within the output.
+    ///
+    /// # Safety
+    /// Parts that are alive at the same time must not overlap.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "a part outside the output");
+        // SAFETY: within the borrowed slice; the caller keeps parts disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
+
+/// Calls `body(i, part)` for each part of `chunk` elements of `out` (the last may be shorter), in parallel.
+pub(crate) fn parallel_chunks<T: Send>(
+    cx: &Context,
+    out: &mut [T],
+    chunk: usize,
+    body: impl Fn(usize, &mut [T]) + Sync,
+) -> Result<()> {
+    let (len, chunk) = (out.len(), chunk.max(1));
+    let out = SharedOut::new(out);
+    cx.parallel(len.div_ceil(chunk), |i| {
+        // SAFETY: each task number occurs once, and the ranges of different numbers are disjoint.
+        body(i, unsafe { out.slice(i * chunk..len.min((i + 1) * chunk)) });
+    })
+}
+
+/// Changes `x` part by part: where it lies if nobody else owns its memory, else in a copy.
+pub(crate) fn in_place(
+    cx: &Context,
+    what: &'static str,
+    mut x: Tensor,
+    chunk: usize,
+    body: impl Fn(usize, &mut [f32]) + Sync,
+) -> Result<Tensor> {
+    if let Ok(own) = x.slice_mut::<f32>() {
+        parallel_chunks(cx, own, chunk, body)?;
+        return Ok(x);
+    }
+    let shared = x.slice::<f32>()?;
+    let mut out = Tensor::new(cx, what, x.dims(), DType::F32)?;
+    parallel_chunks(cx, out.slice_mut()?, chunk, |i, part| {
+        part.copy_from_slice(&shared[i * chunk.max(1)..][..part.len()]);
+        body(i, part);
+    })?;
+    Ok(out)
+}
+
+/// Reads elements `start..start + out.len()` of a float tensor of any type as `f32`.
+pub(crate) fn widen(tensor: &Tensor, start: usize, out: &mut [f32]) -> Result<()> {
+    let range = start..start + out.len();
+    match tensor.dtype() {
+        DType::F32 => out.copy_from_slice(&tensor.slice::<f32>()?[range]),
+        DType::F16 => tensor.slice::<half::f16>()?[range].convert_to_f32_slice(out),
+        DType::BF16 => {
+            for (value, x) in out.iter_mut().zip(&tensor.slice::<bf16>()?[range]) {
+                *value = f32::from_bits(u32::from(x.to_bits()) << 16);
+            }
+        }
+        other => return Err(Error::argument("a weight", "a float type", other)),
+    }
+    Ok(())
+}
+
+/// The tensor itself if it holds `f32`, else a pooled copy that does.
+pub(crate) fn widened(cx: &Context, what: &'static str, tensor: &Tensor) -> Result<Tensor> {
+    if tensor.dtype() == DType::F32 {
+        return Ok(tensor.clone());
+    }
+    let mut wide = Tensor::new(cx, what, tensor.dims(), DType::F32)?;
+    widen(tensor, 0, wide.slice_mut()?)?;
+    Ok(wide)
+}
+
+/// A float vector of `channels` elements, in any shape, as `f32`.
+pub(crate) fn channel_vector(
+    cx: &Context,
+    what: &'static str,
+    vector: &Tensor,
+    channels: usize,
+) -> Result<Tensor> {
+    if vector.elements() != channels {
+        return Err(Error::argument(what, format!("{channels} elements"), vector.shape()));
+    }
+    widened(cx, what, vector)
+}
+
+/// Runs `body` once at each level below the best of this processor, if its loops run on this thread alone.
+#[cfg(test)]
+pub(crate) fn at_poorer_levels(mut body: impl FnMut(simd::Level)) {
+    let best = simd::level();
+    for level in simd::Level::available().filter(|&level| level < best) {
+        simd::tests::at_level(level, || body(level));
+    }
+}
+
+/// Defines a function that runs the `#[inline(always)]` function `$body::<FMA>` compiled for the best
+/// instruction set of the processor: [`simd_dispatch!`](crate::simd_dispatch) for a body that has a name.
+macro_rules! per_cpu {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+        $crate::simd_dispatch! {
+            $(#[$doc])*
+            $vis fn $name<const FMA: bool>($($arg: $ty),*) $(-> $ret)? {
+                $body::<FMA>($($arg),*)
+            }
+        }
+    };
+}
+pub(crate) use per_cpu;
+
+/// Partial sums that a reduction keeps side by side.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum, in an order that only the length decides.
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += chunk[i];
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane += value;
+    }
+    fold(lanes)
+}
+
+/// The sum of `(x - mean)^2`, in an order that only the length decides.
+#[inline(always)]
+pub(crate) fn sum_squares<const FMA: bool>(x: &[f32], mean: f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            let d = chunk[i] - mean;
+            lanes[i] = mul_add::<FMA>(d, d, lanes[i]);
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        let d = value - mean;
+        *lane = mul_add::<FMA>(d, d, *lane);
+    }
+    fold(lanes)
+}
+
+/// The sum of `a * b`, in an order that only the length decides.
+#[inline(always)]
+pub(crate) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = (a_chunks.remainder(), b_chunks.remainder());
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] = mul_add::<FMA>(x[i], y[i], lanes[i]);
+        }
+    }
+    for (lane, (x, y)) in lanes.iter_mut().zip(rest.0.iter().zip(rest.1)) {
+        *lane = mul_add::<FMA>(*x, *y, *lane);
+    }
+    fold(lanes)
+}

@@ -1,0 +1,193 @@
+//! Matrix products with everything that may follow them, applied while an output row is hot.
+
+#[cfg(test)]
+mod tests;
+
+use crate::device::Context;
+use crate::device::gemm::{Gemm, Layout, MatrixB, Values, gemm};
+use crate::device::simd::fma;
+use crate::error::{Error, Result};
+pub use crate::ops::activation::Activation;
+use crate::ops::kernels;
+use crate::simd_dispatch;
+use crate::tensor::{DType, Tensor};
+
+/// What follows a product, per output element:
+/// v = activation(acc * channel_scale + bias) * gain + residual, then v * (1 + a) + b.
+#[derive(Debug, Clone, Copy)]
+pub struct Epilogue<'a> {
+    /// `[O]`: a folded batch normalisation.
+    pub channel_scale: Option<&'a Tensor>,
+    /// `[O]`.
+    pub bias: Option<&'a Tensor>,
+    /// The nonlinearity.
+    pub activation: Activation,
+    /// The factor before the residual.
+    pub gain: f32,
+    /// Of the shape of the result.
+    pub residual: Option<&'a Tensor>,
+    /// `F32 [N or 1, 2 O]`: a, then b, for each sample of the batch or for all.
+    pub modulation: Option<&'a Tensor>,
+}
+
+impl Default for Epilogue<'_> {
+    fn default() -> Self {
+        Epilogue {
+            channel_scale: None,
+            bias: None,
+            activation: Activation::None,
+            gain: 1.0,
+            residual: None,
+            modulation: None,
+        }
+    }
+}
+
+/// y = x Wᵀ, then the epilogue.
+///
+/// # Shapes
+/// x `F32 [.., I]`, weight `[O, I]` of any float type -> `F32 [.., O]`
+///
+/// # Errors
+/// `InvalidArgument` if shapes do not fit together; `OutOfMemory`; `Cancelled`.
+pub fn linear(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue) -> Result<Tensor> {
+    multiply(cx, x, weight, Layout::RowsAreOutputs, epilogue)
+}
+
+/// y = x W, then the epilogue: the weight holds a row for each input.
+///
+/// # Shapes
+/// x `F32 [.., I]`, weight `[I, O]` of any float type -> `F32 [.., O]`
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_transposed(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue) -> Result<Tensor> {
+    multiply(cx, x, weight, Layout::RowsAreInputs, epilogue)
+}
+
+fn multiply(
+    cx: &Context,
+    x: &Tensor,
+    weight: &Tensor,
+    layout: Layout,
+    epilogue: &Epilogue,
+) -> Result<Tensor> {
+    let [rows, columns] = weight.dims_of("linear weight")?;
+    let (outputs, inputs) = match layout {
+        Layout::RowsAreOutputs => (rows, columns),
+        Layout::RowsAreInputs => (columns, rows),
+    };
+    let Some((&channels, outer)) = x.dims().split_last().filter(|(channels, _)| **channels == inputs) else {
+        return Err(Error::argument("linear input", format!("{inputs} channels"), x.shape()));
+    };
+    let mut dims = [outputs; crate::tensor::MAX_RANK];
+    dims[..outer.len()].copy_from_slice(outer);
+    let dims = &dims[..=outer.len()];
+    if let Some(residual) = epilogue.residual.filter(|r| r.dims() != dims) {
+        return Err(Error::argument("linear residual", format!("{dims:?}"), residual.shape()));
+    }
+    let samples = dims.first().filter(|_| dims.len() > 1).copied().unwrap_or(1);
+    let rows = Rows { values: x.slice()?, channels, per_sample: x.shape().rows() / samples.max(1) };
+    let mut out = Tensor::new(cx, "linear output", dims, DType::F32)?;
+    product(cx, &rows, weight, layout, epilogue, 0, out.slice_mut()?)?;
+    Ok(out)
+}
+
+/// The left side of a product.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    /// Row after row.
+    pub values: &'a [f32],
+    /// Numbers per row.
+    pub channels: usize,
+    /// Rows that belong to one sample of the batch: what a modulation is counted by.
+    pub per_sample: usize,
+}
+
+/// `out[r] = epilogue(rows[r] op(weight))`; residual and modulation are those of row `first_row + r`.
+///
+/// # Errors
+/// `InvalidArgument` if a vector of the epilogue has another length; `OutOfMemory`; `Cancelled`.
+pub(crate) fn product(
+    cx: &Context,
+    rows: &Rows,
+    weight: &Tensor,
+    layout: Layout,
+    epilogue: &Epilogue,
+    first_row: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    let outputs = weight.elements() / rows.channels.max(1);
+    let vector =
+        |what, v: Option<&Tensor>| v.map(|v| kernels::channel_vector(cx, what, v, outputs)).transpose();
+    let scale = vector("linear channel scale", epilogue.channel_scale)?;
+    let bias = vector("linear bias", epilogue.bias)?;
+    let modulation = match epilogue.modulation {
+        Some(m) if m.dims().last() != Some(&(2 * outputs)) => {
+            return Err(Error::argument("linear modulation", format!("[N, {}]", 2 * outputs), m.shape()));
+        }
+        Some(m) => Some((m.slice::<f32>()?, m.shape().rows() > 1)),
+        None => None,
+    };
+    let residual = epilogue.residual.map(Tensor::slice::<f32>).transpose()?;
+    let scale = scale.as_ref().map(Tensor::slice::<f32>).transpose()?;
+    let bias = bias.as_ref().map(Tensor::slice::<f32>).transpose()?;
+
+    let leading = if layout == Layout::RowsAreOutputs { rows.channels } else { outputs };
+    let m = if outputs == 0 { 0 } else { out.len() / outputs };
+    let b = MatrixB { values: values(weight)?, layout, leading };
+    let gemm_sizes = Gemm { m, n: outputs, k: rows.channels, a: rows.values, lda: rows.channels, b };
+    let per_sample = rows.per_sample.max(1);
+    gemm(cx, &gemm_sizes, out, outputs, |row, column, out| {
+        let row = first_row + row;
+        affine(out, scale.map(|s| &s[column..]), bias.map(|b| &b[column..]));
+        epilogue.activation.apply(out);
+        if let Some(residual) = residual {
+            add_residual(out, epilogue.gain, &residual[row * outputs + column..]);
+        } else if epilogue.gain != 1.0 {
+            out.iter_mut().for_each(|v| *v *= epilogue.gain);
+        }
+        if let Some((modulation, by_sample)) = modulation {
+            let sample = if by_sample { row / per_sample } else { 0 };
+            let of_sample = &modulation[sample * 2 * outputs..][..2 * outputs];
+            let (a, b) = of_sample.split_at(outputs);
+            modulate(out, &a[column..], &b[column..]);
+        }
+    })
+}
+
+/// The numbers of a weight, where they lie.
+fn values(weight: &Tensor) -> Result<Values<'_>> {
+    match weight.dtype() {
+        DType::F32 => Ok(Values::F32(weight.slice()?)),
+        DType::F16 => Ok(Values::F16(weight.slice()?)),
+        DType::BF16 => Ok(Values::BF16(weight.slice()?)),
+        other => Err(Error::argument("linear weight", "a float type", other)),
+    }
+}
+
+simd_dispatch! {
+    fn affine<const FMA: bool>(out: &mut [f32], scale: Option<&[f32]>, bias: Option<&[f32]>) {
+        match (scale, bias) {
+            (None, None) => {}
+            (None, Some(bias)) => out.iter_mut().zip(bias).for_each(|(v, b)| *v += b),
+            (Some(scale), None) => out.iter_mut().zip(scale).for_each(|(v, s)| *v *= s),
+            (Some(scale), Some(bias)) => {
+                out.iter_mut().zip(scale.iter().zip(bias)).for_each(|(v, (s, b))| *v = fma::<FMA>(*v, *s, *b));
+            }
+        }
+    }
+}
+
+simd_dispatch! {
+    fn add_residual<const FMA: bool>(out: &mut [f32], gain: f32, residual: &[f32]) {
+        out.iter_mut().zip(residual).for_each(|(v, r)| *v = fma::<FMA>(*v, gain, *r));
+    }
+}
+
+simd_dispatch! {
+    /// v * (1 + a) + b.
+    pub(crate) fn modulate<const FMA: bool>(out: &mut [f32], a: &[f32], b: &[f32]) {
+        out.iter_mut().zip(a.iter().zip(b)).for_each(|(v, (a, b))| *v = fma::<FMA>(*v, 1.0 + a, *b));
+    }
+}

@@ -1,0 +1,100 @@
+//! Pixels to channels and back (Shi et al. 2016), in PyTorch's order of channels.
+
+use crate::device::Context;
+use crate::error::{Error, Result};
+use crate::ops::kernels;
+use crate::tensor::{DType, Tensor};
+
+/// `y[n, i, j, c*r*r + u*r + v] = x[n, i*r+u, j*r+v, c]`.
+///
+/// # Shapes
+/// `x` `[N, H, W, C]`, H and W multiples of `r`; the result `[N, H/r, W/r, C*r*r]`.
+///
+/// # Errors
+/// `InvalidArgument` if `r` is 0 or does not divide the size.
+pub fn pixel_unshuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
+    let [n, height, width, channels] = x.dims_of::<4>("pixel_unshuffle input")?;
+    if r == 0 || height % r != 0 || width % r != 0 {
+        return Err(Error::argument("pixel_unshuffle input", format!("a multiple of {r} pixels"), x.shape()));
+    }
+    let input = x.slice::<f32>()?;
+    let dims = [n, height / r, width / r, channels * r * r];
+    let mut out = Tensor::new(cx, "pixel_unshuffle", &dims, DType::F32)?;
+    let row = dims[2] * dims[3];
+    kernels::parallel_chunks(cx, out.slice_mut()?, row, |line, part| {
+        for (j, pixel) in part.chunks_exact_mut(dims[3]).enumerate() {
+            for (u, v) in (0..r).flat_map(|u| (0..r).map(move |v| (u, v))) {
+                let source = &input[((line * r + u) * width + j * r + v) * channels..][..channels];
+                for (c, value) in source.iter().enumerate() {
+                    pixel[(c * r + u) * r + v] = *value;
+                }
+            }
+        }
+    })?;
+    Ok(out)
+}
+
+/// The inverse of [`pixel_unshuffle`].
+///
+/// # Shapes
+/// `x` `[N, H, W, C*r*r]`; the result `[N, H*r, W*r, C]`.
+///
+/// # Errors
+/// `InvalidArgument` if `r` is 0 or `r*r` does not divide the channels.
+pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
+    let [n, height, width, channels] = x.dims_of::<4>("pixel_shuffle input")?;
+    if r == 0 || channels % (r * r) != 0 {
+        return Err(Error::argument(
+            "pixel_shuffle input",
+            format!("a multiple of {r}^2 channels"),
+            x.shape(),
+        ));
+    }
+    let input = x.slice::<f32>()?;
+    let dims = [n, height * r, width * r, channels / (r * r)];
+    let mut out = Tensor::new(cx, "pixel_shuffle", &dims, DType::F32)?;
+    let row = dims[2] * dims[3];
+    kernels::parallel_chunks(cx, out.slice_mut()?, row, |line, part| {
+        let (i, u) = (line / r, line % r);
+        for (column, pixel) in part.chunks_exact_mut(dims[3]).enumerate() {
+            let (j, v) = (column / r, column % r);
+            let source = &input[(i * width + j) * channels..][..channels];
+            for (c, value) in pixel.iter_mut().enumerate() {
+                *value = source[(c * r + u) * r + v];
+            }
+        }
+    })?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check;
+
+    #[test]
+    fn agrees_with_the_definition_and_its_inverse() {
+        for (dims, r) in [([1usize, 1, 1, 1], 1), ([2, 6, 4, 3], 2), ([3, 6, 9, 5], 3), ([2, 2, 2, 33], 2)] {
+            let x = check::random(&dims, 1);
+            let [n, h, w, c] = dims;
+            let y = check::on_batch(&x, |cx, x, _, _| pixel_unshuffle(cx, x, r));
+            let wide = check::wide(&x);
+            let (oh, ow, oc) = (h / r, w / r, c * r * r);
+            let expected: Vec<f64> = (0..n * oh * ow * oc)
+                .map(|i| {
+                    let (k, j, row) = (i % oc, i / oc % ow, i / oc / ow);
+                    let (ch, u, v) = (k / r / r, k / r % r, k % r);
+                    wide[((row * r + u) * w + j * r + v) * c + ch]
+                })
+                .collect();
+            check::close(&y, &[n, oh, ow, oc], &expected, 0.0);
+            let back = check::on_batch(&y, |cx, y, _, _| pixel_shuffle(cx, y, r));
+            assert_eq!(back.dims(), dims);
+            assert!(back.bytes() == x.bytes());
+        }
+        let x = check::random(&[1, 3, 2, 2], 1);
+        assert!(pixel_unshuffle(&check::cx(), &x, 2).is_err());
+        assert!(pixel_unshuffle(&check::cx(), &x, 0).is_err());
+        assert!(pixel_shuffle(&check::cx(), &x, 2).is_err());
+    }
+}

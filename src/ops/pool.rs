@@ -1,0 +1,74 @@
+//! The mean over the pixels of an image.
+
+use crate::device::Context;
+use crate::error::Result;
+use crate::ops::kernels::{self, per_cpu};
+use crate::tensor::{DType, Tensor};
+
+/// Pixels that are summed in one go. Fixed, so that the order of the whole sum is.
+const PIXELS: usize = 64;
+
+#[inline(always)]
+fn sum_body<const FMA: bool>(rows: &[f32], sums: &mut [f32]) {
+    sums.fill(0.0);
+    for row in rows.chunks_exact(sums.len()) {
+        for (sum, v) in sums.iter_mut().zip(row) {
+            *sum += v;
+        }
+    }
+}
+
+per_cpu! {
+    /// The sum over rows, column by column.
+    fn sum_rows(rows: &[f32], sums: &mut [f32]) = sum_body
+}
+
+/// `y[n, c] = mean over i, j of x[n, i, j, c]`; 0 for an image without pixels.
+///
+/// # Shapes
+/// `x` `[N, H, W, C]`; the result `[N, C]`.
+///
+/// # Errors
+/// `InvalidArgument` if `x` is not `[N, H, W, C]` of `F32`.
+pub fn pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
+    let [samples, height, width, channels] = x.dims_of::<4>("pool input")?;
+    let input = x.slice::<f32>()?;
+    let pixels = height * width;
+    let blocks = pixels.div_ceil(PIXELS);
+    let mut partial = Tensor::new(cx, "pool sums", &[samples, blocks, channels], DType::F32)?;
+    kernels::parallel_chunks(cx, partial.slice_mut()?, channels, |i, sums| {
+        let (n, first) = (i / blocks, i % blocks * PIXELS);
+        let count = PIXELS.min(pixels - first) * channels;
+        sum_rows(&input[(n * pixels + first) * channels..][..count], sums);
+    })?;
+    let partial = partial.slice::<f32>()?;
+    let mut out = Tensor::new(cx, "pool", &[samples, channels], DType::F32)?;
+    kernels::parallel_chunks(cx, out.slice_mut()?, channels, |n, means| {
+        sum_rows(&partial[n * blocks * channels..][..blocks * channels], means);
+        means.iter_mut().for_each(|v| *v /= pixels.max(1) as f32);
+    })?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check;
+
+    #[test]
+    fn agrees_with_the_definition() {
+        for dims in [[1usize, 1, 1, 1], [3, 5, 7, 33], [2, 9, 15, 130], [1, 8, 8, 4]] {
+            let [n, h, w, c] = dims;
+            let x = check::random(&dims, 1);
+            let wide = check::wide(&x);
+            let expected: Vec<f64> = (0..n * c)
+                .map(|i| {
+                    let image = &wide[i / c * h * w * c..][..h * w * c];
+                    image.iter().skip(i % c).step_by(c).sum::<f64>() / (h * w) as f64
+                })
+                .collect();
+            check::close(&check::on_batch(&x, |cx, x, _, _| pool(cx, x)), &[n, c], &expected, 5e-7);
+        }
+        assert!(pool(&check::cx(), &check::random(&[2, 3, 4], 1)).is_err());
+    }
+}

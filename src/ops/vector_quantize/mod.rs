@@ -1,0 +1,119 @@
+//! The nearest row of a codebook (van den Oord et al. 2017).
+
+pub(crate) mod cpu;
+
+use crate::device::Context;
+use crate::error::{Error, Result};
+use crate::ops::kernels;
+use crate::tensor::{DType, Tensor};
+
+/// A codebook laid out for the kernel: `[D, V]`, V filled up to whole blocks with codes at infinity.
+pub(crate) struct Codes {
+    values: Tensor,
+    count: usize,
+}
+
+impl Codes {
+    /// Lays out `codebook`, `[V, D]` of any float type.
+    pub fn new(cx: &Context, codebook: &Tensor) -> Result<Self> {
+        let [count, dim] = codebook.dims_of::<2>("codebook")?;
+        if count == 0 || dim == 0 {
+            return Err(Error::argument("codebook", "at least one code", codebook.shape()));
+        }
+        let wide = kernels::widened(cx, "codebook", codebook)?;
+        let source = wide.slice::<f32>()?;
+        let padded = count.next_multiple_of(cpu::BLOCK);
+        let mut values = Tensor::new(cx, "codebook", &[dim, padded], DType::F32)?;
+        kernels::parallel_chunks(cx, values.slice_mut()?, padded, |d, part| {
+            part.fill(f32::INFINITY);
+            for (value, code) in part.iter_mut().zip(source.chunks_exact(dim)) {
+                *value = code[d];
+            }
+        })?;
+        Ok(Codes { values, count })
+    }
+
+    /// How many codes there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The length of a code.
+    pub fn dim(&self) -> usize {
+        self.values.dims()[0]
+    }
+
+    /// The codes as the kernel reads them, and the length of each of the D rows.
+    pub fn table(&self) -> Result<(&[f32], usize)> {
+        Ok((self.values.slice()?, self.values.dims()[1]))
+    }
+}
+
+/// `argmin over v of sum over d of (x[.., d] - codebook[v, d])^2`; the lowest v of equally near ones.
+///
+/// # Shapes
+/// `x` `[.., D]`; `codebook` `[V, D]`, of any float type; the result `[..]`, `I64`.
+///
+/// # Errors
+/// `InvalidArgument` if shapes do not fit or the codebook is empty.
+pub fn nearest(cx: &Context, x: &Tensor, codebook: &Tensor) -> Result<Tensor> {
+    let codes = Codes::new(cx, codebook)?;
+    let dim = codes.dim();
+    let Some((&last, outer)) = x.dims().split_last().filter(|(last, _)| **last == dim) else {
+        return Err(Error::argument("vector to quantize", format!("[.., {dim}]"), x.shape()));
+    };
+    let input = x.slice::<f32>()?;
+    let (table, row) = codes.table()?;
+    let mut out = Tensor::new(cx, "codes", outer, DType::I64)?;
+    let chunk = kernels::rows_per_task(codes.count());
+    kernels::parallel_chunks(cx, out.slice_mut::<i64>()?, chunk, |i, part| {
+        for (code, vector) in part.iter_mut().zip(input[i * chunk * last..].chunks_exact(last)) {
+            *code = cpu::nearest(vector, table, row);
+        }
+    })?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check;
+
+    #[test]
+    fn agrees_with_the_definition() {
+        for (dims, v, dtype) in [
+            (&[1usize, 1][..], 1usize, DType::F32),
+            (&[3, 5, 7, 4], 130, DType::F32),
+            (&[2, 65, 3], 64, DType::F16),
+            (&[2, 3, 33], 1000, DType::BF16),
+        ] {
+            let d = dims[dims.len() - 1];
+            let x = check::random(dims, 1);
+            let codebook = check::cast(&check::random(&[v, d], 2), dtype);
+            let found = check::on_batch(&x, |cx, x, _, _| nearest(cx, x, &codebook));
+            assert_eq!(found.dims(), &dims[..dims.len() - 1]);
+            let (wide, codes) = (check::wide(&x), check::wide(&codebook));
+            for (x, &id) in wide.chunks(d).zip(found.slice::<i64>().unwrap()) {
+                let distance = |v: usize| -> f64 {
+                    x.iter().zip(&codes[v * d..][..d]).map(|(a, b)| (a - b).powi(2)).sum()
+                };
+                let best = (0..v).map(distance).fold(f64::MAX, f64::min);
+                assert!(distance(id as usize) <= best + 1e-5 * best.max(1e-3));
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_of_equal_codes_wins() {
+        let v = 200;
+        let mut values = vec![3f32; v];
+        for i in [77, 78, 141, 199] {
+            values[i] = 1.0;
+        }
+        let codebook = Tensor::from_slice(&[v, 1], &values).unwrap();
+        let x = Tensor::from_slice(&[3, 1], &[1f32, 2.0, f32::NAN]).unwrap();
+        let found = nearest(&check::cx(), &x, &codebook).unwrap();
+        assert_eq!(found.slice::<i64>().unwrap(), [77, 0, 0]);
+        assert!(nearest(&check::cx(), &check::random(&[3, 2], 1), &codebook).is_err());
+    }
+}

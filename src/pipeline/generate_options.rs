@@ -1,0 +1,322 @@
+//! What to generate: prompts, sizes, seeds, steps; validated when they are set.
+
+use super::Model;
+use super::options::{Choice, ProgressFn, Sampler};
+use crate::device::CancelToken;
+use crate::diffusion::latents::check_times;
+use crate::error::{Error, Result};
+use crate::image::Image;
+
+/// More steps than any schedule gains from.
+const MAX_STEPS: u32 = 10_000;
+/// More pictures than one call should hold in memory.
+const MAX_IMAGES: usize = 4096;
+/// The most pixels of one picture: 4096 x 4096.
+const MAX_PIXELS: u64 = 1 << 24;
+/// Beyond any prompt that a text tower reads; guards against a mistaken pointer.
+const MAX_PROMPT_BYTES: usize = 1 << 20;
+
+/// What to generate. Starts from the model's own recommended values.
+#[derive(Clone)]
+pub struct GenerateOptions {
+    pub(super) model: Model,
+    pub(super) prompts: Vec<Prompt>,
+    pub(super) images_per_prompt: u32,
+    pub(super) width: u32,
+    pub(super) height: u32,
+    pub(super) seed: u64,
+    pub(super) stage_c: StageCOptions,
+    pub(super) stage_b: StageBOptions,
+    pub(super) init_image: Option<(Image, f32)>,
+    pub(super) mask: Option<Image>,
+    pub(super) progress: Option<ProgressFn>,
+    pub(super) preview_every: u32,
+    pub(super) cancel: Option<CancelToken>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Prompt {
+    pub text: String,
+    pub negative: Option<String>,
+}
+
+/// How Stage C runs.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct StageCOptions {
+    pub steps: u32,
+    pub guidance: f32,
+    pub sampler: Sampler,
+    pub timesteps: Option<Vec<f32>>,
+}
+
+/// How Stage B runs.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct StageBOptions {
+    pub steps: u32,
+    pub guidance: f32,
+    pub temperature: (f32, f32),
+    pub choice: Choice,
+}
+
+impl GenerateOptions {
+    /// The model's recommended values, and no prompt yet.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn new(model: &Model) -> Result<Self> {
+        Ok(model.default_options())
+    }
+
+    /// Adds a prompt, with what the picture should not show (by default, nothing in particular).
+    ///
+    /// # Errors
+    /// `InvalidArgument` beyond 1 MiB of text or 4096 pictures.
+    pub fn add_prompt(&mut self, text: &str, negative: Option<&str>) -> Result<()> {
+        for (name, text) in [("prompt", Some(text)), ("negative prompt", negative)] {
+            let bytes = text.map_or(0, str::len);
+            if bytes > MAX_PROMPT_BYTES {
+                return Err(Error::argument(name, format!("at most {MAX_PROMPT_BYTES} bytes"), bytes));
+            }
+        }
+        check_image_count(self.prompts.len() + 1, self.images_per_prompt)?;
+        self.prompts.push(Prompt { text: text.into(), negative: negative.map(Into::into) });
+        Ok(())
+    }
+
+    /// Pictures of each prompt; picture i of the call has seed + i.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for 0 or beyond 4096 pictures.
+    pub fn set_images_per_prompt(&mut self, count: u32) -> Result<()> {
+        if count == 0 {
+            return Err(Error::argument("images_per_prompt", "at least 1", count));
+        }
+        check_image_count(self.prompts.len(), count)?;
+        self.images_per_prompt = count;
+        Ok(())
+    }
+
+    /// Size of the pictures in pixels.
+    ///
+    /// # Errors
+    /// `InvalidArgument` unless both are multiples of what the model's stages divide by, and at most
+    /// 4096 x 4096 pixels together.
+    pub fn set_size(&mut self, width: u32, height: u32) -> Result<()> {
+        let multiple = self.model.size_multiple();
+        for (name, side) in [("width", width), ("height", height)] {
+            if side == 0 || side % multiple != 0 {
+                return Err(Error::argument(name, format!("a positive multiple of {multiple}"), side));
+            }
+        }
+        if u64::from(width) * u64::from(height) > MAX_PIXELS {
+            let expected = format!("at most {MAX_PIXELS} pixels");
+            return Err(Error::argument("size", expected, format!("{width} x {height}")));
+        }
+        (self.width, self.height) = (width, height);
+        Ok(())
+    }
+
+    /// The seed of the first picture.
+    ///
+    /// # Errors
+    /// None: every number is a seed.
+    pub fn set_seed(&mut self, seed: u64) -> Result<()> {
+        self.seed = seed;
+        Ok(())
+    }
+
+    /// Steps and guidance weight of Stage C; a weight of 1 turns guidance off and halves the work.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for 0 or more than 10,000 steps, or a weight that is not finite.
+    pub fn set_stage_c(&mut self, steps: u32, guidance: f32) -> Result<()> {
+        check_steps("stage_c_steps", steps)?;
+        check_finite("stage_c_guidance", guidance)?;
+        (self.stage_c.steps, self.stage_c.guidance, self.stage_c.timesteps) = (steps, guidance, None);
+        Ok(())
+    }
+
+    /// How Stage C steps.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn set_stage_c_sampler(&mut self, sampler: Sampler) -> Result<()> {
+        self.stage_c.sampler = sampler;
+        Ok(())
+    }
+
+    /// The times of Stage C, from the start (1 is pure noise) to the end (usually 0): one step between each
+    /// two. Replaces the number of steps; an empty list goes back to it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` unless there are at least two, decreasing, within 0..1.
+    pub fn set_stage_c_timesteps(&mut self, times: &[f32]) -> Result<()> {
+        if times.is_empty() {
+            self.stage_c.timesteps = None;
+            return Ok(());
+        }
+        check_times(times)?;
+        check_steps("timesteps", (times.len() - 1).try_into().unwrap_or(u32::MAX))?;
+        self.stage_c.timesteps = Some(times.to_vec());
+        Ok(())
+    }
+
+    /// Steps and guidance weight of Stage B.
+    ///
+    /// # Errors
+    /// As [`GenerateOptions::set_stage_c`].
+    pub fn set_stage_b(&mut self, steps: u32, guidance: f32) -> Result<()> {
+        check_steps("stage_b_steps", steps)?;
+        check_finite("stage_b_guidance", guidance)?;
+        (self.stage_b.steps, self.stage_b.guidance) = (steps, guidance);
+        Ok(())
+    }
+
+    /// Temperature of Stage B's first and last step, linear between.
+    ///
+    /// # Errors
+    /// `InvalidArgument` unless both are positive and finite.
+    pub fn set_stage_b_temperature(&mut self, start: f32, end: f32) -> Result<()> {
+        for (name, value) in [("temperature start", start), ("temperature end", end)] {
+            if !(value > 0.0 && value.is_finite()) {
+                return Err(Error::argument(name, "a positive number", value));
+            }
+        }
+        self.stage_b.temperature = (start, end);
+        Ok(())
+    }
+
+    /// How Stage B chooses tokens.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn set_stage_b_choice(&mut self, choice: Choice) -> Result<()> {
+        self.stage_b.choice = choice;
+        Ok(())
+    }
+
+    /// Starts from a picture: Stage C begins at time `strength` from the picture's latents, noised to that
+    /// time, with that share of its steps. 1 keeps nothing of the picture but with a mask; 0 only decodes its
+    /// latents again (image variation).
+    ///
+    /// # Errors
+    /// `InvalidArgument` unless strength is within 0..1; `Unsupported` if the model has no image encoder.
+    pub fn set_init_image(&mut self, image: &Image, strength: f32) -> Result<()> {
+        if !(0.0..=1.0).contains(&strength) {
+            return Err(Error::argument("strength", "a number from 0 to 1", strength));
+        }
+        self.model.image_encoder()?;
+        self.init_image = Some((image.clone(), strength));
+        Ok(())
+    }
+
+    /// Generates only where the mask is bright, and keeps the initial picture where it is dark.
+    ///
+    /// # Errors
+    /// None today; generation asks for an initial picture.
+    pub fn set_mask(&mut self, mask: &Image) -> Result<()> {
+        self.mask = Some(mask.clone());
+        Ok(())
+    }
+
+    /// Who hears about every step, on the thread that generates; `None` for nobody.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn set_progress(&mut self, progress: Option<ProgressFn>) -> Result<()> {
+        self.progress = progress;
+        Ok(())
+    }
+
+    /// A preview with every n-th progress report; 0 for none. Each one costs a short Stage B and a Stage A run
+    /// on the first picture of the call.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn set_preview(&mut self, every_n_steps: u32) -> Result<()> {
+        self.preview_every = every_n_steps;
+        Ok(())
+    }
+
+    /// The token that stops the generation; `None` for no token.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn set_cancel(&mut self, token: Option<&CancelToken>) -> Result<()> {
+        self.cancel = token.cloned();
+        Ok(())
+    }
+
+    /// How many pictures the call makes: prompts times pictures per prompt.
+    pub fn image_count(&self) -> usize {
+        self.prompts.len() * self.images_per_prompt as usize
+    }
+
+    /// Any plain value by name, for configuration files and scripting languages. Two numbers are separated by
+    /// a comma.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown key or a value that does not parse; what the named setter returns.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        match key {
+            "prompt" => self.add_prompt(value, None),
+            "images_per_prompt" => self.set_images_per_prompt(parse(key, value)?),
+            "width" => self.set_size(parse(key, value)?, self.height),
+            "height" => self.set_size(self.width, parse(key, value)?),
+            "seed" => self.set_seed(parse(key, value)?),
+            "stage_c_steps" => self.set_stage_c(parse(key, value)?, self.stage_c.guidance),
+            "stage_c_guidance" => {
+                check_finite(key, parse(key, value)?)?;
+                self.stage_c.guidance = parse(key, value)?;
+                Ok(())
+            }
+            "stage_c_sampler" => self.set_stage_c_sampler(match value {
+                "ddpm" => Sampler::Ddpm,
+                "ddim" => Sampler::Ddim,
+                _ => return Err(Error::argument(key, "ddpm or ddim", format!("{value:?}"))),
+            }),
+            "stage_b_steps" => self.set_stage_b(parse(key, value)?, self.stage_b.guidance),
+            "stage_b_guidance" => self.set_stage_b(self.stage_b.steps, parse(key, value)?),
+            "stage_b_temperature" => {
+                let (start, end) = value.split_once(',').unwrap_or((value, value));
+                self.set_stage_b_temperature(parse(key, start)?, parse(key, end)?)
+            }
+            "stage_b_choice" => self.set_stage_b_choice(match value {
+                "multinomial" => Choice::Multinomial,
+                "argmax" => Choice::Argmax,
+                "quant" => Choice::Quant,
+                _ => return Err(Error::argument(key, "multinomial, argmax or quant", format!("{value:?}"))),
+            }),
+            "preview" => self.set_preview(parse(key, value)?),
+            _ => {
+                let keys = "one of prompt, images_per_prompt, width, height, seed, stage_c_steps, \
+                            stage_c_guidance, stage_c_sampler, stage_b_steps, stage_b_guidance, \
+                            stage_b_temperature, stage_b_choice, preview";
+                Err(Error::argument("generate option", keys, format!("{key:?}")))
+            }
+        }
+    }
+}
+
+fn parse<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
+    value.trim().parse().map_err(|_| Error::argument(key, "a number in range", format!("{value:?}")))
+}
+
+fn check_steps(name: &str, steps: u32) -> Result<()> {
+    match steps {
+        1..=MAX_STEPS => Ok(()),
+        _ => Err(Error::argument(name, format!("1 to {MAX_STEPS}"), steps)),
+    }
+}
+
+fn check_finite(name: &str, value: f32) -> Result<()> {
+    if value.is_finite() { Ok(()) } else { Err(Error::argument(name, "a finite number", value)) }
+}
+
+fn check_image_count(prompts: usize, per_prompt: u32) -> Result<()> {
+    let images = prompts.saturating_mul(per_prompt as usize);
+    if images > MAX_IMAGES {
+        return Err(Error::argument("images", format!("at most {MAX_IMAGES} in one call"), images));
+    }
+    Ok(())
+}

@@ -1,0 +1,363 @@
+//! Stage by stage: what the paper's figures show, for tools and for checks against other implementations.
+//! Tensors are channels last here; the C ABI turns them to the reference's order.
+
+use super::generate_options::GenerateOptions;
+use super::guided::Texts;
+use super::model::Model;
+use super::options::Stage;
+use super::sampling::{LatentWalk, TokenWalk};
+use crate::device::Context;
+use crate::device::threads::run_apart;
+use crate::diffusion::noise::{NoiseSource, SeededNoise};
+use crate::error::{Error, Result};
+use crate::image::{Fit, Image, preprocess, to_pixels};
+use crate::stages::blocks::Conditioning;
+use crate::tensor::{DType, Tensor};
+
+impl Model {
+    fn context(&self) -> Context {
+        Context::new(&self.inner.device)
+    }
+
+    fn context_of(&self, options: &GenerateOptions) -> Context {
+        options.cancel.iter().fold(self.context(), |cx, token| cx.cancelled_by(token))
+    }
+
+    /// Runs `work` on a library thread and takes its result out of the device's pool.
+    fn apart(&self, work: impl FnOnce() -> Result<Tensor> + Send) -> Result<Tensor> {
+        run_apart(|| work()?.detached())
+    }
+
+    /// Token ids of a text, padded to the model's length. The paper's stages share one tokenizer.
+    ///
+    /// # Shapes
+    /// -> `I64 [T]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for text that the tokenizer cannot split.
+    pub fn tokenize(&self, stage: Stage, text: &str) -> Result<Tensor> {
+        check_reads_text(stage)?;
+        self.apart(|| {
+            let text_part = &self.inner.text;
+            let ids = text_part.tokenizer.encode(text, text_part.length)?;
+            Tensor::from_slice(&[ids.ids.len()], &ids.ids)
+        })
+    }
+
+    /// The conditioning of texts: one vector per position, padding included.
+    ///
+    /// # Shapes
+    /// -> `[N, T, width]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for no texts, or one that the tokenizer cannot split; `OutOfMemory`.
+    pub fn encode_text(&self, stage: Stage, texts: &[&str]) -> Result<Tensor> {
+        check_reads_text(stage)?;
+        if texts.is_empty() {
+            return Err(Error::argument("texts", "at least one", 0));
+        }
+        self.apart(|| self.embed_texts(&self.context(), texts))
+    }
+
+    pub(super) fn embed_texts(&self, cx: &Context, texts: &[&str]) -> Result<Tensor> {
+        let part = &self.inner.text;
+        let mut ids = Tensor::new(cx, "token ids", &[texts.len(), part.length], DType::I64)?;
+        let mut lengths = Vec::with_capacity(texts.len());
+        for (row, text) in ids.slice_mut::<i64>()?.chunks_exact_mut(part.length).zip(texts) {
+            let encoded = part.tokenizer.encode(text, part.length)?;
+            row.copy_from_slice(&encoded.ids);
+            lengths.push(encoded.tokens_used);
+        }
+        let lengths = part.mask_padding.then_some(lengths.as_slice());
+        let hidden = part.tower.network.forward(cx, &ids, lengths)?;
+        super::sampling::check_finite(&hidden, "text encoder", &part.tower.weights)?;
+        Ok(hidden)
+    }
+
+    /// Latents of pictures, which must have one size.
+    ///
+    /// # Shapes
+    /// -> `[N, h, w, latent_channels]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for no pictures or different sizes; `Unsupported` without an image encoder.
+    pub fn encode_image(&self, images: &[&Image]) -> Result<Tensor> {
+        self.apart(|| self.encode_pictures(&self.context(), images))
+    }
+
+    pub(super) fn encode_pictures(&self, cx: &Context, images: &[&Image]) -> Result<Tensor> {
+        let part = self.image_encoder()?;
+        let (width, height) = common_size(images)?;
+        let (height, width) = self.encoder_size(width, height);
+        let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
+        let pixels = preprocess(cx, &images, [height, width], Fit::Stretch, &part.normalisation)?;
+        let latents = part.encoder.network.forward(cx, &pixels)?;
+        super::sampling::check_finite(&latents, "image encoder", &part.encoder.weights)?;
+        Ok(latents)
+    }
+
+    /// Stage A's tokens of pictures, which must have one size.
+    ///
+    /// # Shapes
+    /// -> `I64 [N, H/f, W/f]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for no pictures, different sizes, or sides that do not divide by f.
+    pub fn stage_a_encode(&self, images: &[&Image]) -> Result<Tensor> {
+        common_size(images)?;
+        self.apart(|| {
+            let cx = self.context();
+            let network = &self.inner.stage_a.network;
+            let encoded = network.encode(&cx, &to_pixels(&cx, images)?)?;
+            super::sampling::check_finite(&encoded, "Stage A", &self.inner.stage_a.weights)?;
+            network.quantize(&cx, &encoded)
+        })
+    }
+
+    /// Pixels of tokens (`I64 [N, h, w]`) or of latents (`F32 [N, h, w, 4]`, codebook vectors divided by the
+    /// scale factor), not clamped.
+    ///
+    /// # Shapes
+    /// -> `F32 [N, H, W, 3]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for other shapes or tokens that are not in the codebook.
+    pub fn stage_a_decode(&self, tokens_or_latents: &Tensor) -> Result<Tensor> {
+        let network = &self.inner.stage_a.network;
+        let config = network.config();
+        match tokens_or_latents.dtype() {
+            DType::I64 => {
+                tokens_or_latents.dims_of::<3>("tokens")?;
+            }
+            _ => expect_channels("latents", tokens_or_latents, config.latent_channels)?,
+        }
+        self.apart(|| match tokens_or_latents.dtype() {
+            DType::I64 => network.decode_tokens(&self.context(), tokens_or_latents),
+            _ => network.decode_latents(&self.context(), tokens_or_latents),
+        })
+    }
+
+    /// Stage B once: logits of every token.
+    ///
+    /// # Shapes
+    /// x `I64 [N, H, W]`, t `[N]`, latents `[N, h, w, C]`, text `[N, T, width]` -> `[N, H, W, codebook_size]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for shapes that do not fit.
+    pub fn stage_b_predict(&self, x: &Tensor, t: &Tensor, latents: &Tensor, text: &Tensor) -> Result<Tensor> {
+        let network = &self.inner.stage_b.network;
+        let [n, _, _] = x.dims_of("x")?;
+        expect_batch("latents", latents, n)?;
+        expect_channels("latents", latents, network.config().latent_channels)?;
+        self.check_text("text", text, n)?;
+        let times = check_times(t, n)?;
+        self.apart(|| {
+            let cx = self.context();
+            let modulations = network.modulations(&cx, times)?;
+            let attended = [network.attend_to_latents(&cx, latents)?, network.attend_to_text(&cx, text)?];
+            let conditioning = Conditioning { modulations: &modulations, attended: &attended };
+            network.logits(&cx, &network.features(&cx, x, conditioning)?)
+        })
+    }
+
+    /// Stage B's walk with the steps, guidance, seed and size of `options`. Without a negative text it is
+    /// guided away from the empty prompt. No progress is reported.
+    ///
+    /// # Shapes
+    /// latents `[N, h, w, C]`, text `[N, T, width]`, negative_text `[N or 1, T, width]` -> `I64 [N, H, W]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for shapes that do not fit; `Cancelled`.
+    pub fn stage_b_sample(
+        &self,
+        latents: &Tensor,
+        text: &Tensor,
+        negative_text: Option<&Tensor>,
+        options: &GenerateOptions,
+    ) -> Result<Tensor> {
+        let mut noise = SeededNoise::new(seeds(options, latents.dims().first().copied().unwrap_or(0)));
+        self.stage_b_sample_with(latents, text, negative_text, options, &mut noise)
+    }
+
+    /// [`Model::stage_b_sample`] with random numbers of the caller's.
+    ///
+    /// # Errors
+    /// As there, and what the source returns.
+    pub fn stage_b_sample_with(
+        &self,
+        latents: &Tensor,
+        text: &Tensor,
+        negative_text: Option<&Tensor>,
+        options: &GenerateOptions,
+        noise: &mut (dyn NoiseSource + Send),
+    ) -> Result<Tensor> {
+        let network = &self.inner.stage_b.network;
+        let [n, _, _, _] = latents.dims_of("latents")?;
+        expect_channels("latents", latents, network.config().latent_channels)?;
+        self.apart(|| {
+            let cx = self.context_of(options);
+            let walk = TokenWalk::new(self, options, &cx)?;
+            let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
+            walk.run(latents, &texts, noise, &mut |_, _| Ok(()))
+        })
+    }
+
+    /// Stage C once: the noise in `x`.
+    ///
+    /// # Shapes
+    /// x `[N, h, w, C]`, t `[N]`, text `[N, T, width]` -> `[N, h, w, C]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for shapes that do not fit.
+    pub fn stage_c_predict(&self, x: &Tensor, t: &Tensor, text: &Tensor) -> Result<Tensor> {
+        let network = &self.inner.stage_c.network;
+        let [n, _, _, _] = x.dims_of("x")?;
+        expect_channels("x", x, network.config().latent_channels)?;
+        self.check_text("text", text, n)?;
+        let times = check_times(t, n)?;
+        self.apart(|| {
+            let cx = self.context();
+            let modulations = network.modulations(&cx, times)?;
+            let attended = [network.attend_to_text(&cx, text)?];
+            network.forward(&cx, x, Conditioning { modulations: &modulations, attended: &attended })
+        })
+    }
+
+    /// Stage C's walk with the steps, guidance, sampler and seed of `options`, from `initial_noise` or from
+    /// the seed at the options' size. Without a negative text it is guided away from the empty prompt. No
+    /// progress is reported.
+    ///
+    /// # Shapes
+    /// text `[N, T, width]`, negative_text `[N or 1, T, width]`, initial_noise `[N, h, w, C]` -> `[N, h, w, C]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for shapes that do not fit; `Cancelled`.
+    pub fn stage_c_sample(
+        &self,
+        text: &Tensor,
+        negative_text: Option<&Tensor>,
+        initial_noise: Option<&Tensor>,
+        options: &GenerateOptions,
+    ) -> Result<Tensor> {
+        let mut noise = SeededNoise::new(seeds(options, text.dims().first().copied().unwrap_or(0)));
+        self.stage_c_sample_with(text, negative_text, initial_noise, options, &mut noise)
+    }
+
+    /// [`Model::stage_c_sample`] with random numbers of the caller's.
+    ///
+    /// # Errors
+    /// As there, and what the source returns.
+    pub fn stage_c_sample_with(
+        &self,
+        text: &Tensor,
+        negative_text: Option<&Tensor>,
+        initial_noise: Option<&Tensor>,
+        options: &GenerateOptions,
+        noise: &mut (dyn NoiseSource + Send),
+    ) -> Result<Tensor> {
+        let [n, _, _] = text.dims_of("text")?;
+        let mut grid = self.latent_size(options.width, options.height);
+        if let Some(noise) = initial_noise {
+            let [_, h, w, _] = noise.dims_of("initial_noise")?;
+            expect_batch("initial_noise", noise, n)?;
+            expect_channels("initial_noise", noise, self.inner.stage_c.network.config().latent_channels)?;
+            grid = (h, w);
+        }
+        self.apart(|| {
+            let cx = self.context_of(options);
+            let walk = LatentWalk::new(self, options, &cx, grid)?;
+            let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
+            let start =
+                initial_noise.map(|x| Tensor::from_parts(&cx, "latents", x.dims(), &[x])).transpose()?;
+            let latents = walk.run(&texts, noise, start, &mut |_| Ok(()))?;
+            super::sampling::check_finite(&latents, "Stage C", &self.inner.stage_c.weights)?;
+            Ok(latents)
+        })
+    }
+
+    fn texts_of_call(
+        &self,
+        cx: &Context,
+        text: &Tensor,
+        negative: Option<&Tensor>,
+        n: usize,
+        guided: bool,
+    ) -> Result<Texts> {
+        self.check_text("text", text, n)?;
+        let unconditional = match (guided, negative) {
+            (false, _) => None,
+            (true, None) => Some((self.embed_texts(cx, &[""])?, vec![0; n])),
+            (true, Some(negative)) => {
+                let [entries, _, _] = negative.dims_of("negative_text")?;
+                let index = if entries == 1 { vec![0; n] } else { (0..n).collect() };
+                self.check_text("negative_text", negative, index.last().map_or(0, |last| last + 1))?;
+                Some((negative.clone(), index))
+            }
+        };
+        Ok(Texts { conditional: text.clone(), index: (0..n).collect(), unconditional })
+    }
+
+    fn check_text(&self, name: &str, text: &Tensor, n: usize) -> Result<()> {
+        let [entries, length, width] = text.dims_of(name)?;
+        let expected = self.inner.text.tower.network.config().width;
+        if entries != n || length == 0 || width != expected || text.dtype() != DType::F32 {
+            let found = format!("{} of {}", text.shape(), text.dtype());
+            return Err(Error::argument(name, format!("[{n}, tokens, {expected}] of F32"), found));
+        }
+        Ok(())
+    }
+}
+
+fn check_reads_text(stage: Stage) -> Result<()> {
+    match stage {
+        Stage::B | Stage::C => Ok(()),
+        Stage::A => Err(Error::argument("stage", "stage B or C, which read text", "stage A")),
+    }
+}
+
+fn check_times(t: &Tensor, n: usize) -> Result<&[f32]> {
+    if t.dims() != [n] {
+        return Err(Error::argument("t", format!("shape [{n}]"), t.shape()));
+    }
+    let times = t.slice::<f32>()?;
+    match times.iter().find(|t| !(0.0..=1.0).contains(*t)) {
+        Some(time) => Err(Error::argument("t", "times within 0 and 1", time)),
+        None => Ok(times),
+    }
+}
+
+fn expect_batch(name: &str, tensor: &Tensor, n: usize) -> Result<()> {
+    match tensor.dims().first() {
+        Some(&entries) if entries == n && n > 0 => Ok(()),
+        _ => Err(Error::argument(name, format!("{n} samples, at least one"), tensor.shape())),
+    }
+}
+
+/// # Errors
+/// `InvalidArgument` unless the tensor is `F32 [N, h, w, channels]` and not empty.
+fn expect_channels(name: &str, tensor: &Tensor, channels: usize) -> Result<()> {
+    let [_, _, _, found] = tensor.dims_of(name)?;
+    if found != channels || tensor.elements() == 0 || tensor.dtype() != DType::F32 {
+        let found = format!("{} of {}", tensor.shape(), tensor.dtype());
+        return Err(Error::argument(name, format!("F32 with {channels} channels"), found));
+    }
+    Ok(())
+}
+
+fn common_size(images: &[&Image]) -> Result<(u32, u32)> {
+    let size = |image: &Image| (image.width(), image.height());
+    let Some(first) = images.first().map(|image| size(image)) else {
+        return Err(Error::argument("images", "at least one", 0));
+    };
+    match images.iter().map(|image| size(image)).find(|other| *other != first) {
+        Some((width, height)) => {
+            let expected = format!("pictures of one size, {} x {} like the first", first.0, first.1);
+            Err(Error::argument("images", expected, format!("{width} x {height}")))
+        }
+        None => Ok(first),
+    }
+}
+
+fn seeds(options: &GenerateOptions, n: usize) -> Vec<u64> {
+    (0..n as u64).map(|i| options.seed.wrapping_add(i)).collect()
+}

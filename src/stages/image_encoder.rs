@@ -1,0 +1,287 @@
+//! The image encoder: EfficientNetV2 features (Tan and Le 2021) and a 1x1 head to the latents that Stage C
+//! learns (paper, section 3.1).
+
+use crate::device::Context;
+use crate::error::Result;
+use crate::nn::{BatchNorm, ChannelAffine, Linear, Params};
+use crate::ops::conv2d::{Conv2d, conv2d};
+use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
+use crate::ops::elementwise::{add, scale_channels};
+use crate::ops::linear::{Activation, Epilogue};
+use crate::ops::pool::pool;
+use crate::tensor::Tensor;
+
+/// BatchNorm of the head; the backbone's eps is in the config.
+const HEAD_NORM_EPS: f32 = 1e-5;
+/// The squeeze of an MBConv block has this fraction of the block's input channels.
+const SQUEEZE_DIVISOR: usize = 4;
+/// Kernel and stride of the stem.
+const STEM_KERNEL: usize = 3;
+const STEM_STRIDE: usize = 2;
+
+/// The two kinds of block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockKind {
+    /// A dense convolution that expands, then a 1x1 that projects.
+    FusedMbConv,
+    /// A 1x1 that expands, a depthwise convolution, squeeze and excitation, a 1x1 that projects.
+    MbConv,
+}
+
+/// A run of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StageConfig {
+    /// The kind of every block.
+    pub kind: BlockKind,
+    /// Hidden channels per input channel.
+    pub expand_ratio: usize,
+    /// Kernel of the spatial convolution.
+    pub kernel: usize,
+    /// Stride of the first block; the others keep the grid.
+    pub stride: usize,
+    /// Channels going into the first block.
+    pub inputs: usize,
+    /// Channels coming out of every block.
+    pub outputs: usize,
+    /// Blocks.
+    pub layers: usize,
+}
+
+/// The sizes of an image encoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImageEncoderConfig {
+    /// Channels after the stem.
+    pub stem_channels: usize,
+    /// The runs of blocks.
+    pub stages: Vec<StageConfig>,
+    /// Channels of the features.
+    pub feature_channels: usize,
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Of every BatchNorm of the backbone.
+    pub norm_eps: f32,
+    /// latents = (head + add) / div: 0 and 1 in the paper's model, 1 and 42 later.
+    pub output_add: f32,
+    /// See `output_add`.
+    pub output_div: f32,
+}
+
+impl ImageEncoderConfig {
+    /// The latent side for a picture of `pixels` pixels: every layer of stride 2 halves it, rounding up.
+    pub fn latent_side(&self, pixels: usize) -> usize {
+        let strides = self.stages.iter().map(|s| s.stride).chain([STEM_STRIDE]);
+        strides.fold(pixels, |side, stride| side.div_ceil(stride))
+    }
+}
+
+/// Pictures to latents.
+#[derive(Debug)]
+pub struct ImageEncoder {
+    config: ImageEncoderConfig,
+    stem: ConvNorm,
+    blocks: Vec<Block>,
+    features: ConvNorm,
+    head: Linear,
+    head_norm: BatchNorm,
+}
+
+/// A dense convolution without bias and its BatchNorm.
+#[derive(Debug)]
+struct ConvNorm {
+    weight: Tensor,
+    norm: BatchNorm,
+    stride: usize,
+    activation: Activation,
+}
+
+impl ConvNorm {
+    fn load(p: &Params, [inputs, outputs]: [usize; 2], kernel: usize, eps: f32) -> Result<Self> {
+        Ok(ConvNorm {
+            weight: p.tensor("weight", &[outputs, inputs, kernel, kernel])?,
+            norm: BatchNorm::load(&p.sub("norm"), outputs, eps)?,
+            stride: 1,
+            activation: Activation::Silu,
+        })
+    }
+
+    fn forward(&self, cx: &Context, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        let ChannelAffine { scale, shift } = self.norm.affine(cx)?;
+        let then = Epilogue {
+            channel_scale: Some(&scale),
+            bias: Some(&shift),
+            activation: self.activation,
+            residual,
+            ..Epilogue::default()
+        };
+        let [_, _, kernel, _] = self.weight.dims_of("convolution weight")?;
+        let padding = (kernel - 1) / 2;
+        conv2d(cx, x, &Conv2d { weight: &self.weight, stride: self.stride, padding, epilogue: then })
+    }
+}
+
+#[derive(Debug)]
+struct Block {
+    expand: Option<ConvNorm>,
+    spatial: Option<Depthwise>,
+    project: Option<ConvNorm>,
+    /// Added where the grid and the channels stay.
+    residual: bool,
+}
+
+/// A depthwise convolution, its BatchNorm and SiLU, then squeeze and excitation.
+#[derive(Debug)]
+struct Depthwise {
+    weight: Tensor,
+    norm: BatchNorm,
+    stride: usize,
+    squeeze: Linear,
+    excite: Linear,
+}
+
+impl Depthwise {
+    fn load(
+        p: &Params,
+        channels: usize,
+        squeezed: usize,
+        s: &StageConfig,
+        stride: usize,
+        eps: f32,
+    ) -> Result<Self> {
+        let conv = p.sub("depthwise");
+        Ok(Depthwise {
+            weight: conv.tensor("weight", &[channels, 1, s.kernel, s.kernel])?,
+            norm: BatchNorm::load(&conv.sub("norm"), channels, eps)?,
+            stride,
+            squeeze: Linear::load_conv1x1(&p.sub("squeeze"), channels, squeezed)?,
+            excite: Linear::load_conv1x1(&p.sub("excite"), squeezed, channels)?,
+        })
+    }
+
+    fn forward(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
+        let ChannelAffine { scale, shift } = self.norm.affine(cx)?;
+        let conv = DepthwiseConv {
+            weight: &self.weight,
+            bias: None,
+            stride: self.stride,
+            padding: Padding::Zero,
+            then: Then::ChannelAffine { scale: &scale, shift: &shift, activation: Activation::Silu },
+        };
+        let mixed = depthwise_conv(cx, x, None, &conv)?;
+        let act = |activation| Epilogue { activation, ..Epilogue::default() };
+        let squeezed = self.squeeze.forward_then(cx, &pool(cx, &mixed)?, act(Activation::Silu))?;
+        let gates = self.excite.forward_then(cx, &squeezed, act(Activation::Sigmoid))?;
+        scale_channels(cx, mixed, &gates)
+    }
+}
+
+impl Block {
+    fn load(p: &Params, stage: &StageConfig, first: bool, eps: f32) -> Result<Self> {
+        let (inputs, stride) = if first { (stage.inputs, stage.stride) } else { (stage.outputs, 1) };
+        let hidden = inputs * stage.expand_ratio;
+        let outputs = stage.outputs;
+        let residual = stride == 1 && inputs == outputs;
+        let plain = |conv: ConvNorm| ConvNorm { activation: Activation::None, ..conv };
+        let block = match stage.kind {
+            BlockKind::FusedMbConv if stage.expand_ratio == 1 => {
+                let conv = ConvNorm::load(&p.sub("expand"), [inputs, outputs], stage.kernel, eps)?;
+                Block { expand: Some(ConvNorm { stride, ..conv }), spatial: None, project: None, residual }
+            }
+            BlockKind::FusedMbConv => {
+                let conv = ConvNorm::load(&p.sub("expand"), [inputs, hidden], stage.kernel, eps)?;
+                let project = ConvNorm::load(&p.sub("project"), [hidden, outputs], 1, eps)?;
+                let expand = Some(ConvNorm { stride, ..conv });
+                Block { expand, spatial: None, project: Some(plain(project)), residual }
+            }
+            BlockKind::MbConv => {
+                let expand = match stage.expand_ratio {
+                    1 => None,
+                    _ => Some(ConvNorm::load(&p.sub("expand"), [inputs, hidden], 1, eps)?),
+                };
+                let squeezed = (inputs / SQUEEZE_DIVISOR).max(1);
+                let spatial = Depthwise::load(p, hidden, squeezed, stage, stride, eps)?;
+                let project = ConvNorm::load(&p.sub("project"), [hidden, outputs], 1, eps)?;
+                Block { expand, spatial: Some(spatial), project: Some(plain(project)), residual }
+            }
+        };
+        Ok(block)
+    }
+
+    fn forward(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
+        let residual = self.residual.then_some(x);
+        let hidden = match (&self.expand, &self.project) {
+            (Some(only), None) => {
+                // SiLU comes before the sum, and the epilogue adds the residual after the activation.
+                return only.forward(cx, x, residual);
+            }
+            (Some(expand), _) => expand.forward(cx, x, None)?,
+            (None, _) => x.clone(),
+        };
+        let hidden = match &self.spatial {
+            Some(spatial) => spatial.forward(cx, &hidden)?,
+            None => hidden,
+        };
+        match (&self.project, residual) {
+            (Some(project), _) => project.forward(cx, &hidden, residual),
+            (None, Some(x)) => add(cx, &hidden, x),
+            (None, None) => Ok(hidden),
+        }
+    }
+}
+
+impl ImageEncoder {
+    /// # Errors
+    /// `Format` for missing or misshapen weights.
+    pub fn load(p: &Params, config: ImageEncoderConfig) -> Result<Self> {
+        let eps = config.norm_eps;
+        let stem = ConvNorm::load(&p.sub("stem"), [3, config.stem_channels], STEM_KERNEL, eps)?;
+        let mut blocks = Vec::new();
+        for (i, stage) in config.stages.iter().enumerate() {
+            for layer in 0..stage.layers {
+                let p = p.sub("stages").sub(&i.to_string()).sub(&layer.to_string());
+                blocks.push(Block::load(&p, stage, layer == 0, eps)?);
+            }
+        }
+        let last = config.stages.last().map_or(config.stem_channels, |stage| stage.outputs);
+        let head = p.sub("head");
+        Ok(ImageEncoder {
+            stem: ConvNorm { stride: STEM_STRIDE, ..stem },
+            blocks,
+            features: ConvNorm::load(&p.sub("features"), [last, config.feature_channels], 1, eps)?,
+            head: Linear::load_conv1x1_without_bias(&head, config.feature_channels, config.latent_channels)?,
+            head_norm: BatchNorm::load(&head.sub("norm"), config.latent_channels, HEAD_NORM_EPS)?,
+            config,
+        })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &ImageEncoderConfig {
+        &self.config
+    }
+
+    /// # Shapes
+    /// pixels `[N, H, W, 3]`, normalised -> `[N, H/32, W/32, feature_channels]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for other shapes; `OutOfMemory`; `Cancelled`.
+    pub fn features(&self, cx: &Context, pixels: &Tensor) -> Result<Tensor> {
+        let mut x = self.stem.forward(cx, pixels, None)?;
+        for block in &self.blocks {
+            x = block.forward(cx, &x)?;
+        }
+        self.features.forward(cx, &x, None)
+    }
+
+    /// # Shapes
+    /// pixels `[N, H, W, 3]`, normalised -> `[N, h, w, latent_channels]`
+    ///
+    /// # Errors
+    /// As [`ImageEncoder::features`].
+    pub fn forward(&self, cx: &Context, pixels: &Tensor) -> Result<Tensor> {
+        let features = self.features(cx, pixels)?;
+        let ChannelAffine { mut scale, mut shift } = self.head_norm.affine(cx)?;
+        let (add, div) = (self.config.output_add, self.config.output_div);
+        scale.slice_mut::<f32>()?.iter_mut().for_each(|scale| *scale /= div);
+        shift.slice_mut::<f32>()?.iter_mut().for_each(|shift| *shift = (*shift + add) / div);
+        self.head.forward_scaled(cx, &features, &scale, &shift, Activation::None)
+    }
+}

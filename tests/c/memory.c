@@ -1,0 +1,62 @@
+/* Under failing_malloc.c: whichever large allocation fails, the call says WST_OUT_OF_MEMORY and the next one works. */
+#include <stdlib.h>
+
+#include "check.h"
+
+void failing_malloc_arm(long n);
+long failing_malloc_seen(void);
+
+/* Opens and generates; `*model` is kept for the next time. */
+static wst_status run(const char *folder, wst_model **model, wst_image **image) {
+    wst_generate_options *o = NULL;
+    wst_error *error = NULL;
+    wst_status status = *model ? WST_OK : wst_model_open(folder, NULL, model, &error);
+    if (status == WST_OK) status = wst_generate_options_new(*model, &o, &error);
+    if (status == WST_OK) status = wst_generate_options_add_prompt(o, "a red apple", NULL, &error);
+    if (status == WST_OK) status = wst_generate_options_set_stage_c(o, 1, 2.0f, &error);
+    if (status == WST_OK) status = wst_generate_options_set_stage_b(o, 1, 1.0f, &error);
+    if (status == WST_OK) status = wst_generate(*model, o, image, 1, &error);
+    if (status == WST_OUT_OF_MEMORY && !strstr(wst_error_message(error), "out of memory")) ++failed;
+    wst_error_free(error);
+    wst_generate_options_free(o);
+    return status;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) return 2; /* MODEL [RUNS] */
+    long runs = argc > 2 ? atol(argv[2]) : 60;
+    wst_model *model = NULL;
+    wst_image *right = NULL, *image = NULL;
+    failing_malloc_arm(0);
+    CHECK(run(argv[1], &model, &right) == WST_OK);
+    long count = failing_malloc_seen();
+    wst_model_free(model);
+    CHECK(count > 0);
+    /* All of them if there are few, else spread over the run. */
+    long step = count > runs ? (count + runs - 1) / runs : 1;
+    long survived = 0;
+    for (long n = 1; n <= count; n += step) {
+        model = NULL;
+        image = NULL;
+        failing_malloc_arm(n);
+        wst_status status = run(argv[1], &model, &image);
+        int reached = failing_malloc_seen() >= n;
+        failing_malloc_arm(-1);
+        if (status == WST_OK) {
+            /* The pool gave back what it held, and the second try worked. */
+            ++survived;
+            CHECK(same_image(right, image));
+        } else {
+            CHECK(reached && status == WST_OUT_OF_MEMORY && image == NULL);
+        }
+        wst_image_free(image);
+        image = NULL;
+        CHECK(run(argv[1], &model, &image) == WST_OK);
+        CHECK(same_image(right, image));
+        wst_image_free(image);
+        wst_model_free(model);
+    }
+    printf("memory: %ld large allocations, every %ld. failed, %ld runs survived\n", count, step, survived);
+    wst_image_free(right);
+    return summary("memory");
+}

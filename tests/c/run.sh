@@ -1,0 +1,131 @@
+#!/bin/sh
+# Builds and runs the C and C++ tests. Prints "N passed, N failed" as its last line.
+#   LIBDIR  folder with libwuerstchen.so (target/debug)      MODEL   model folder (examples/models/emoji-v1)
+#   CC CXX  compilers (gcc, g++)                             QUICK=1 leaves out valgrind and the sanitizers
+set -u
+export LC_ALL=C
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+LIBDIR=$(cd "${LIBDIR:-$root/target/debug}" && pwd) || exit 1
+MODEL=$(cd "${MODEL:-$root/examples/models/emoji-v1}" && pwd) || exit 1
+CC=${CC:-gcc}
+CXX=${CXX:-g++}
+library=$LIBDIR/libwuerstchen.so
+[ -f "$library" ] || { echo "no $library: cargo build first"; exit 1; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/lib" "$work/scratch"
+cp "$library" "$work/lib/libwuerstchen.so.0"
+ln -s libwuerstchen.so.0 "$work/lib/libwuerstchen.so"
+cp "$library" "$work/wuerstchen_copy.so"
+export LD_LIBRARY_PATH="$work/lib"
+
+passed=0
+failed=0
+note() { # note NAME STATUS
+    if [ "$2" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "failed: $1"; fi
+}
+# A check that is a command.
+check() { name=$1; shift; "$@" >"$work/log" 2>&1; status=$?; [ $status -eq 0 ] || cat "$work/log"; note "$name" $status; }
+# A program that counts for itself.
+program() {
+    name=$1; shift
+    start=$(date +%s)
+    "$@" >"$work/log" 2>&1
+    status=$?
+    cat "$work/log"
+    line=$(grep -E '[0-9]+ passed, [0-9]+ failed$' "$work/log" | tail -n 1)
+    [ -n "$line" ] || { note "$name: exit $status without a summary" 1; return; }
+    passed=$((passed + $(echo "$line" | sed -E 's/.* ([0-9]+) passed.*/\1/')))
+    failed=$((failed + $(echo "$line" | sed -E 's/.* ([0-9]+) failed$/\1/')))
+    case $status in 0) ;; *) note "$name: exit $status" 1 ;; esac
+    echo "    $name: $(($(date +%s) - start)) s"
+}
+
+c="-std=c99 -pedantic -Wall -Wextra -Wstrict-prototypes -Werror -I$root/include"
+cpp="-std=c++17 -pedantic -Wall -Wextra -Werror -I$root/include"
+link="-L$work/lib -lwuerstchen -lm -lpthread"
+
+# Headers: C99, C11, C++17; gcc and, where there is one, clang.
+compilers="$CC"; command -v clang >/dev/null 2>&1 && compilers="$compilers clang"
+for compiler in $compilers; do
+    check "$compiler: header, C99" $compiler $c -fsyntax-only "$here/header.c"
+    check "$compiler: header, C11" $compiler $c -std=c11 -fsyntax-only "$here/header.c"
+done
+compilers="$CXX"; command -v clang++ >/dev/null 2>&1 && compilers="$compilers clang++"
+for compiler in $compilers; do
+    check "$compiler: header.c as C++17" $compiler $cpp -x c++ -fsyntax-only "$here/header.c"
+    check "$compiler: wuerstchen.hpp" $compiler $cpp -fsyntax-only "$here/wrapper.cpp"
+done
+echo '#include "wuerstchen.h"
+int main(void) { wst_generate_options_set_seed(0, 1, 0); return 0; }' >"$work/ignored.c"
+$CC $c -c "$work/ignored.c" -o "$work/ignored.o" >/dev/null 2>&1
+note "an ignored status is a warning" $((! $?))
+
+# Exports: functions of the list and nothing else; SONAME.
+nm -D --defined-only "$library" | awk '{print $3}' | sort >"$work/exports"
+check "exports" diff "$here/exports.txt" "$work/exports"
+nm -D --defined-only "$library" | awk '$2 != "T"' >"$work/data"
+check "no data symbols" test ! -s "$work/data"
+grep -oE '\bwst_[a-z0-9_]+\(' "$root/include/wuerstchen.h" | tr -d '(' | sort -u >"$work/declared"
+check "every export is declared" sh -c "[ -z \"\$(comm -23 '$here/exports.txt' '$work/declared')\" ]"
+check "SONAME" sh -c "readelf -d '$library' | grep -q 'SONAME.*\\[libwuerstchen.so.0\\]'"
+
+build() { # build OUTPUT SOURCE [FLAGS]
+    output=$work/$1; source=$here/$2; shift 2
+    case $source in
+    *.cpp) check "build $source" $CXX $cpp -g -O1 "$@" "$source" -o "$output" $link ;;
+    *) check "build $source" $CC $c -g -O1 "$@" "$source" -o "$output" $link ;;
+    esac
+}
+build arguments arguments.c
+build run run.c
+build silent silent.c
+build wrapper wrapper.cpp
+check "build load.c" $CC -std=gnu99 -Wall -Wextra -Werror -g -I"$root/include" "$here/load.c" -o "$work/load" -ldl
+check "build failing_malloc.c" $CC -std=gnu11 -Wall -Wextra -Werror -fno-builtin -shared -fPIC "$here/failing_malloc.c" -o "$work/libfailing_malloc.so"
+check "build memory.c" $CC $c -g "$here/memory.c" -o "$work/memory" "$work/libfailing_malloc.so" $link
+check "build minimal.c" $CC $c "$root/examples/c/minimal.c" -o "$work/minimal" $link
+
+program arguments "$work/arguments" "$MODEL" "$work/scratch"
+program run "$work/run" "$MODEL" 1000
+program wrapper "$work/wrapper" "$MODEL"
+program load env -u LD_LIBRARY_PATH "$work/load" "$work/lib/libwuerstchen.so.0" "$work/wuerstchen_copy.so" "$MODEL"
+"$work/silent" "$MODEL" >"$work/out" 2>"$work/err"
+note "silent: the calls" $?
+check "silent: standard output" test ! -s "$work/out"
+check "silent: standard error" test ! -s "$work/err"
+check "minimal.c" "$work/minimal" "$MODEL" "a red apple" "$work/scratch/apple.png"
+check "minimal.c wrote a picture" test -s "$work/scratch/apple.png"
+program memory env LD_PRELOAD="$work/libfailing_malloc.so" "$work/memory" "$MODEL" "${MEMORY_RUNS:-40}"
+
+if [ -z "${QUICK:-}" ]; then
+    sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all"
+    if $CC $sanitize -x c - -o "$work/probe" 2>/dev/null <<'P' && "$work/probe"; then
+int main(void) { return 0; }
+P
+        for name in arguments run; do
+            build "${name}_asan" "$name.c" $sanitize
+        done
+        build wrapper_asan wrapper.cpp $sanitize
+        # The payload of a caught panic is leaked on purpose: its destructor may panic again.
+        echo "leak:panicking" >"$work/leaks"
+        export LSAN_OPTIONS="suppressions=$work/leaks:print_suppressions=0"
+        # An absurd size is to come back as NULL, as malloc gives it.
+        export ASAN_OPTIONS=allocator_may_return_null=1
+        program "arguments, sanitized" "$work/arguments_asan" "$MODEL" "$work/scratch"
+        program "run, sanitized" "$work/run_asan" "$MODEL" 50
+        program "wrapper, sanitized" "$work/wrapper_asan" "$MODEL"
+    else
+        echo "    no sanitizers: $CC cannot link them"
+    fi
+    if command -v valgrind >/dev/null 2>&1; then
+        program "arguments, valgrind" valgrind -q --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite \
+            "$work/arguments" "$MODEL" "$work/scratch"
+        check "generating, valgrind" valgrind -q --error-exitcode=99 "$work/silent" "$MODEL"
+    else
+        echo "    no valgrind"
+    fi
+fi
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
