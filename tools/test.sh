@@ -41,7 +41,7 @@ c_tests() {
     say "C and C++"
     need valgrind valgrind || skip "valgrind is not there and could not be installed: the C tests run without it"
     if [ -x tests/c/run.sh ]; then
-        run c.log tests/c/run.sh
+        run c.log env LIBDIR="$top/target/release" tests/c/run.sh
     else
         run c.log make -C tests/c test
     fi
@@ -72,9 +72,9 @@ all_go_tests() {
     else
         fail "go vet"
     fi
-    go_tests "Go with the race detector" go-race.log go test -race -count=1 -v ./...
+    go_tests "Go with the race detector" go-race.log go test -race -timeout 300s -count=1 -v ./...
     # The strictest check of pointers that Go hands to C.
-    go_tests "Go with cgocheck2" go-cgocheck.log env GOEXPERIMENT=cgocheck2 go test -count=1 -v ./...
+    go_tests "Go with cgocheck2" go-cgocheck.log env GOEXPERIMENT=cgocheck2 go test -timeout 300s -count=1 -v ./...
 }
 
 parity_tests() {

@@ -47,6 +47,8 @@ func (s Status) Error() string {
 type Error struct {
 	Status  Status
 	Message string
+	// Place is the parameter, file, tensor or stage that the error is about; "" if there is none.
+	Place string
 }
 
 // Error is the message of the library.
@@ -70,7 +72,11 @@ func check(status C.wst_status, cError **C.wst_error) error {
 		return &Error{Status: Status(status), Message: Status(status).Error()}
 	}
 	defer C.wst_error_free(*cError)
-	return &Error{Status: Status(status), Message: C.GoString(C.wst_error_message(*cError))}
+	return &Error{
+		Status:  Status(status),
+		Message: C.GoString(C.wst_error_message(*cError)),
+		Place:   C.GoString(C.wst_error_place(*cError)),
+	}
 }
 
 // argumentError reports an argument that cannot be handed to C at all.
@@ -78,6 +84,7 @@ func argumentError(name, expected string, found any) error {
 	return &Error{
 		Status:  ErrInvalidArgument,
 		Message: fmt.Sprintf("%s: expected %s, found %v", name, expected, found),
+		Place:   name,
 	}
 }
 

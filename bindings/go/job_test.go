@@ -119,7 +119,11 @@ func TestJobClosedByItsOwnReceiver(t *testing.T) {
 		t.Fatal(err)
 	}
 	started <- job
-	<-closed
+	select {
+	case <-closed:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the receiver was not called")
+	}
 	select {
 	case <-job.freed:
 	case <-time.After(10 * time.Second):

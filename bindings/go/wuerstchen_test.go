@@ -22,7 +22,7 @@ const emojiModel = "../../examples/models/emoji-v1"
 // quick makes a picture in a few steps.
 func quick(more ...GenerateOption) []GenerateOption {
 	return append([]GenerateOption{
-		WithSetting("stage_c_steps", "3"), WithSetting("stage_b_steps", "2"), WithSeed(7),
+		WithStageC(3, 3), WithStageB(2, 2), WithSetting("seed", "7"),
 	}, more...)
 }
 
@@ -160,22 +160,22 @@ func TestErrorsNameWhatIsWrong(t *testing.T) {
 	model := open(t)
 	ctx := context.Background()
 	for name, option := range map[string]GenerateOption{
-		"images":      WithImagesPerPrompt(-1),
-		"width":       WithSize(127, 128),
-		"sampler":     WithStageCSampler(99),
-		"choice":      WithStageBChoice(-1),
-		"stage_c":     WithStageC(0, 3),
-		"temperature": WithStageBTemperature(float32(math.NaN()), 1),
-		"timesteps":   WithStageCTimesteps(0, 1),
-		"mask":        WithMask(nil),
-		"colour":      WithSetting("colour", "blue"),
-		"receive":     WithProgress(nil),
+		"images":    WithImagesPerPrompt(-1),
+		"width":     WithSize(127, 128),
+		"sampler":   WithStageCSampler(99),
+		"choice":    WithStageBChoice(-1),
+		"steps":     WithStageC(0, 3),
+		"start":     WithStageBTemperature(float32(math.NaN()), 1),
+		"timesteps": WithStageCTimesteps(0, 1),
+		"mask":      WithMask(nil),
+		"colour":    WithSetting("colour", "blue"),
+		"receive":   WithProgress(nil),
 	} {
 		_, err := model.Generate(ctx, "a red apple", option)
 		wantStatus(t, err, ErrInvalidArgument, name)
 	}
 	_, err = model.Generate(ctx, "broken \xff text")
-	wantStatus(t, err, ErrInvalidArgument, "prompt")
+	wantStatus(t, err, ErrInvalidArgument, "text", "UTF-8")
 	_, err = model.Generate(ctx, "zero \x00 byte")
 	wantStatus(t, err, ErrInvalidArgument, "prompt")
 	if name := ErrOutOfMemory.Error(); name != "out of memory" {
@@ -298,13 +298,17 @@ func TestCloseWhileGenerating(t *testing.T) {
 	model := open(t)
 	started := make(chan struct{})
 	var once sync.Once
-	result := make(chan error)
+	result := make(chan error, 1)
 	go func() {
 		_, err := model.Generate(context.Background(), "a red apple",
 			quick(WithProgress(func(Progress) { once.Do(func() { close(started) }) }))...)
 		result <- err
 	}()
-	<-started
+	select {
+	case <-started:
+	case err := <-result:
+		t.Fatalf("it ended before the first step: %v", err)
+	}
 	model.Close()
 	if err := <-result; err != nil {
 		t.Errorf("a running call should finish: %v", err)

@@ -78,7 +78,7 @@ Arguments parse(int argc, char **argv) {
 }
 
 // One line such as "C [#####.....] 5/10  0.4 s", and nothing where no one would see it.
-void draw_bar(const wst_progress &p) {
+void draw_bar(const wst::Progress &p) {
     const uint32_t width = 30;
     const uint32_t done = p.steps ? width * p.step / p.steps : 0;
     const std::string bar = std::string(done, '#') + std::string(width - done, '.');
@@ -104,10 +104,11 @@ wst::Image contact_sheet(const std::vector<wst::Image> &images) {
     std::vector<uint8_t> sheet(size_t{3} * width * height, 0xff);
     for (size_t i = 0; i < images.size(); i++) {
         const size_t left = i % columns * (w + gap), top = i / columns * (h + gap);
+        const uint8_t *rgb = images[i].data().data();
         for (size_t y = 0; y < h; y++)
-            std::memcpy(&sheet[3 * ((top + y) * width + left)], images[i].data() + 3 * y * w, size_t{3} * w);
+            std::memcpy(&sheet[3 * ((top + y) * width + left)], rgb + 3 * y * w, size_t{3} * w);
     }
-    return wst::Image(width, height, sheet.data());
+    return wst::Image(width, height, sheet);
 }
 
 void write(const wst::Image &image, const std::string &path) {
@@ -130,30 +131,34 @@ void generate(const wst::Model &model, const Arguments &a) {
     }
     const std::vector<wst::Image> images = model.generate(options);
     if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r\033[K");
-    if (images.size() > 1)
-        for (size_t i = 0; i < images.size(); i++) write(images[i], numbered(a.out, i + 1));
-    write(images.size() > 1 ? contact_sheet(images) : images[0], a.out);
+    if (images.size() == 1) {
+        write(images[0], a.out);
+        return;
+    }
+    for (size_t i = 0; i < images.size(); i++) write(images[i], numbered(a.out, i + 1));
+    write(contact_sheet(images), a.out);
 }
 
 // Float pixels [1, 3, H, W] in 0..1 to a picture.
 wst::Image image_of(const wst::Tensor &pixels) {
     const auto shape = pixels.shape();
     const auto height = static_cast<uint32_t>(shape[2]), width = static_cast<uint32_t>(shape[3]);
-    const auto *planes = static_cast<const float *>(pixels.data());
+    const auto planes = pixels.data<float>();
     const size_t count = size_t{width} * height;
     std::vector<uint8_t> rgb(3 * count);
     for (size_t i = 0; i < count; i++)
         for (size_t c = 0; c < 3; c++)
             rgb[3 * i + c] = static_cast<uint8_t>(std::lround(255 * std::clamp(planes[c * count + i], 0.0f, 1.0f)));
-    return wst::Image(width, height, rgb.data());
+    return wst::Image(width, height, rgb);
 }
 
 // Picture -> latents (image encoder) -> tokens (Stage B) -> picture (Stage A): the paper's Figure 4.
 void reconstruct(const wst::Model &model, const Arguments &a) {
     const wst::Image picture = wst::Image::read(a.reconstruct);
     const wst::GenerateOptions options = options_for(model, a);
-    const wst::Tensor latents = model.encode_image({&picture});
-    const wst::Tensor text = model.encode_text(WST_STAGE_B, {a.prompts.empty() ? "" : a.prompts[0]});
+    const wst::Tensor latents = model.encode_image({&picture, 1});
+    const std::string prompt = a.prompts.empty() ? "" : a.prompts[0];
+    const wst::Tensor text = model.encode_text(WST_STAGE_B, {&prompt, 1});
     const wst::Tensor tokens = model.stage_b_sample(latents, text, nullptr, options);
     if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r\033[K");
     write(image_of(model.stage_a_decode(tokens)), a.out);
