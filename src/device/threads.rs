@@ -65,6 +65,7 @@ extern "C" fn run(argument: *mut libc::c_void) -> *mut libc::c_void {
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
     }
+    reset_rounding();
     // SAFETY: `start` made this pointer from a box and gave it to this thread alone.
     let entry = unsafe { Box::from_raw(argument.cast::<Entry>()) };
     if let Err(payload) = catch_unwind(AssertUnwindSafe(entry)) {
@@ -72,6 +73,20 @@ extern "C" fn run(argument: *mut libc::c_void) -> *mut libc::c_void {
         std::mem::forget(payload);
     }
     std::ptr::null_mut()
+}
+
+/// A thread inherits the floating-point mode of the one that started it: a host may round upwards or flush
+/// subnormals, and its pictures must not depend on that.
+fn reset_rounding() {
+    #[cfg(target_arch = "x86_64")]
+    {
+        /// Round to nearest, all exceptions masked, subnormals kept: the state of a new process.
+        const DEFAULT_MXCSR: u32 = 0x1f80;
+        // SAFETY: loads a valid control word on our own thread, before any of our code computes.
+        unsafe {
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &DEFAULT_MXCSR, options(nostack, readonly));
+        }
+    }
 }
 
 /// Runs `work` to its end on a fresh thread of ours while the caller waits.
@@ -103,14 +118,19 @@ struct SendPtr<T>(*mut T);
 // SAFETY: used to hand one thread exclusive access to one slot while its owner waits.
 unsafe impl<T> Send for SendPtr<T> {}
 
-/// The message of a caught panic as an error. The payload is forgotten, since its destructor may panic.
+/// The message of a caught panic as an error. A payload that is not a plain message is forgotten: its
+/// destructor may panic again.
 pub fn panic_error(place: &str, payload: Box<dyn std::any::Any + Send>) -> Error {
-    let reason = payload
-        .downcast_ref::<&str>()
-        .map(|s| (*s).to_owned())
-        .or_else(|| payload.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".to_owned());
-    std::mem::forget(payload);
+    let reason = match payload.downcast::<String>() {
+        Ok(message) => *message,
+        Err(payload) => match payload.downcast::<&'static str>() {
+            Ok(message) => (*message).to_owned(),
+            Err(payload) => {
+                std::mem::forget(payload);
+                "a panic without a message".to_owned()
+            }
+        },
+    };
     Error::internal(place, reason)
 }
 

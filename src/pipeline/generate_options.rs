@@ -91,7 +91,8 @@ impl GenerateOptions {
         if count == 0 {
             return Err(Error::argument("images_per_prompt", "at least 1", count));
         }
-        check_image_count(self.prompts.len(), count)?;
+        // Even a single prompt must fit.
+        check_image_count(self.prompts.len().max(1), count)?;
         self.images_per_prompt = count;
         Ok(())
     }
