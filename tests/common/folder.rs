@@ -118,9 +118,8 @@ pub fn read_tensors(path: &Path) -> Vec<Stored> {
 
 /// A file that holds these tensors.
 pub fn file_of(tensors: &[Stored]) -> Vec<u8> {
-    let views = tensors
-        .iter()
-        .map(|t| (t.name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
+    let views =
+        tensors.iter().map(|t| (t.name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
     safetensors::serialize(views, None).unwrap()
 }
 
