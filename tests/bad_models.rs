@@ -181,7 +181,7 @@ fn fields_that_cannot_be() {
         ("stage_b", "/c_hidden", json!([10, 16, 16]), "3 elements"),
         ("stage_b", "/c_hidden", json!([10, 0]), "from 1 to"),
         ("stage_b", "/c_hidden", json!([10, -16]), "from 1 to"),
-        ("stage_b", "/c_hidden", json!([1; 9]), "at most 8"),
+        ("stage_b", "/c_hidden", json!(vec![1; 9]), "at most 8"),
         ("stage_b", "/nhead", json!([-1, 5]), "a divisor of 16"),
         ("stage_b", "/nhead", json!([-1, -1]), "a divisor of 16"),
         ("stage_b", "/nhead", json!([-1, 0]), "a number of heads"),
@@ -286,7 +286,7 @@ fn configurations_of_other_weights() {
         });
         let what = format!("{part}{pointer} = {value}");
         let weights = format!("{part}/{WEIGHTS}");
-        assert_error(&what, result, Kind::Format, &[parts, &[weights.as_str()]].concat());
+        assert_error(&what, result, Kind::Format, &[*parts, &[weights.as_str()][..]].concat());
     }
 }
 

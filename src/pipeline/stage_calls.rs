@@ -300,9 +300,10 @@ impl Model {
     fn check_text(&self, name: &str, text: &Tensor, n: usize) -> Result<()> {
         let [entries, length, width] = text.dims_of(name)?;
         let expected = self.inner.text.tower.network.config().width;
-        if entries != n || length == 0 || width != expected || text.dtype() != DType::F32 {
+        if entries != n || n == 0 || length == 0 || width != expected || text.dtype() != DType::F32 {
             let found = format!("{} of {}", text.shape(), text.dtype());
-            return Err(Error::argument(name, format!("[{n}, tokens, {expected}] of F32"), found));
+            let expected = format!("[{}, tokens, {expected}] of F32", n.max(1));
+            return Err(Error::argument(name, expected, found));
         }
         Ok(())
     }
