@@ -1,5 +1,7 @@
 //! The documents name files: every one of them must exist.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
