@@ -1,4 +1,60 @@
-//! Runs the Würstchen family of text-to-image models.
+//! Draws pictures from text with the Würstchen family of models ([arXiv:2306.00637]), on the CPU.
+//!
+//! Three stages make a picture. The expensive one, which follows the text, works on a very small grid:
+//!
+//! ```text
+//!  "a red apple"
+//!       |  text tower (CLIP)
+//!       v
+//!   c_text [T, 1024] ----------------.
+//!       |                            |
+//!       v                            v
+//!  noise -> Stage C -> latents -> Stage B -> tokens -> Stage A -> pixels
+//!           60 steps   12x12x16   8 steps    128x128   once       512x512x3
+//!           diffusion  (f42)      tokens     (f4)      VQGAN
+//! ```
+//!
+//! Stage C is a diffusion model of latents 42 times smaller than the picture in each direction, Stage B turns
+//! them into the tokens of a VQGAN by predicting all of them again and again, Stage A decodes the tokens. The
+//! sizes are the paper's; a model folder brings its own.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use wuerstchen::{GenerateOptions, Model, ModelOptions};
+//!
+//! fn main() -> wuerstchen::Result<()> {
+//!     // Weights are mapped, not read: this takes milliseconds.
+//!     let model = Model::open(Path::new("examples/models/emoji-v1"), &ModelOptions::default())?;
+//!
+//!     // Steps, sizes and guidance start as the model recommends them.
+//!     let mut options = GenerateOptions::new(&model)?;
+//!     options.add_prompt("a red apple", None)?;
+//!     options.set_seed(7)?;
+//!
+//!     model.generate(&options)?[0].write_png("apple.png")
+//! }
+//! ```
+//!
+//! Same model, options and seed give the same bits on the same kind of processor, whatever the number of threads
+//! and the neighbours in a batch. Nothing prints, and nothing aborts: what can fail returns an [`Error`].
+//!
+//! From the top to the bottom; a module knows only those below it:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`capi`] | the C ABI, `include/wuerstchen.h` |
+//! | [`pipeline`] | [`Model`], [`GenerateOptions`], [`Job`]; each stage alone |
+//! | [`stages`] | the paper's networks |
+//! | [`diffusion`] | schedule, samplers, guidance, token resampling |
+//! | [`weights`] | safetensors and configurations; the names of checkpoints |
+//! | [`text`] | CLIP's tokenizer |
+//! | [`image`] | [`Image`], its files, resizing |
+//! | [`nn`] | layers: weights and ops |
+//! | [`ops`] | the operations, a folder each |
+//! | [`tensor`] | [`Tensor`], and the random numbers |
+//! | [`device`] | memory, threads, matrix products; [`Context`] |
+//!
+//! [arXiv:2306.00637]: https://arxiv.org/abs/2306.00637
 
 pub mod capi;
 pub mod device;

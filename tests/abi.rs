@@ -1,5 +1,7 @@
 //! The ABI's paperwork: the committed header is fresh, its functions are described, names and versions agree.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;

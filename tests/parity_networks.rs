@@ -1,5 +1,7 @@
 //! Every v1 network against the authors' own code, in f32.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use common::{Case, NETWORK_TOLERANCE, context, fixtures};

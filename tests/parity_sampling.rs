@@ -1,5 +1,7 @@
 //! Schedules, samplers and whole pictures against the authors' own code, with the random numbers it drew.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use common::{Case, NETWORK_TOLERANCE, RecordedNoise, channels_last, context, fixtures, relative_error};

@@ -4,8 +4,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 top=$PWD
 build=$top/build
 mkdir -p "$build/log"
+# The Go package, the examples and the tests look for the library there.
+export CARGO_TARGET_DIR=$top/target
 
-say() { printf '\n== %s\n' "$*"; }
+# say PART: a heading. times_of_parts tells how long each took.
+times="" part=""
+say() {
+    part_ends
+    part=$* part_start=$SECONDS
+    printf '\n== %s\n' "$part"
+}
+part_ends() {
+    [ -z "$part" ] || times="$times$(printf '%5d s  %s' $((SECONDS - part_start)) "$part")"$'\n'
+    part=""
+}
+times_of_parts() { part_ends; printf '\n%s' "$times"; }
 note() { printf '%s\n' "$*" >&2; }
 have() { command -v "$1" >/dev/null 2>&1; }
 

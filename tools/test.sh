@@ -31,7 +31,8 @@ counted() {
 
 rust_tests() {
     say "Rust"
-    run cargo.log cargo test --no-fail-fast
+    # The library's own profile: what is tested is what is shipped, and it is built once.
+    run cargo.log cargo test --release --no-fail-fast
     local status=$?
     grep -E '^test result:' "$build/log/cargo.log" >"$build/log/cargo-results.log"
     counted Rust cargo.log $status "$(sum cargo-results.log passed)" "$(sum cargo-results.log failed)" "$(sum cargo-results.log ignored)"
@@ -112,11 +113,14 @@ if [ $built = yes ]; then
     parity_tests
 fi
 if venv_has torch; then
+    step_of "conversion of checkpoints" convert.log "$build/venv/bin/python" tests/reference/test_convert.py
     step_of "the PyTorch rival of the benchmarks" rival.log "$build/venv/bin/python" tests/reference/check_torch_v1.py
 else
+    skip "conversion of checkpoints, which needs PyTorch"
     skip "the PyTorch rival of the benchmarks: PyTorch is not there ('make bench' fetches it)"
 fi
 
+times_of_parts
 printf '%s\n\n' "$notes"
 echo "$passed passed, $failed failed, $skipped skipped" | tee "$build/log/closing-line"
 [ "$failed" = 0 ]

@@ -195,7 +195,7 @@ impl Run<'_> {
     }
 
     fn preview_is_due(&self, done: u32) -> bool {
-        self.options.preview_every != 0 && done % self.options.preview_every == 0
+        self.options.preview_every != 0 && done.is_multiple_of(self.options.preview_every)
     }
 
     /// One greedy Stage B step from the clean latents that the first picture's state implies.

@@ -92,7 +92,10 @@ impl GenerateOptions {
             return Err(Error::argument("images_per_prompt", "at least 1", count));
         }
         // Even a single prompt must fit.
-        check_image_count(self.prompts.len().max(1), count)?;
+        let most = (MAX_IMAGES / self.prompts.len().max(1)) as u32;
+        if count > most {
+            return Err(Error::argument("images_per_prompt", format!("at most {most}"), count));
+        }
         self.images_per_prompt = count;
         Ok(())
     }

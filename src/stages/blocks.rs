@@ -368,7 +368,7 @@ impl Blocks {
         let mut blocks: Vec<Block> = Vec::new();
         let letters = (0..config.repeats).flat_map(|_| config.letters.chars());
         for (i, letter) in letters.enumerate() {
-            let p = p.sub(&(config.first + i).to_string());
+            let p = p.sub(config.first + i);
             let body = match letter {
                 'T' => {
                     let timestep = TimestepBlock::load(&p, channels, config.time_width)?;

@@ -237,7 +237,7 @@ impl ImageEncoder {
         let mut blocks = Vec::new();
         for (i, stage) in config.stages.iter().enumerate() {
             for layer in 0..stage.layers {
-                let p = p.sub("stages").sub(&i.to_string()).sub(&layer.to_string());
+                let p = p.sub("stages").sub(i).sub(layer);
                 blocks.push(Block::load(&p, stage, layer == 0, eps)?);
             }
         }

@@ -71,6 +71,8 @@ pub struct StageA {
     decoder_out: Linear,
 }
 
+// A decoder has about fifteen: boxing the blocks would save nothing that matters.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Layer {
     Block(Block),
@@ -170,11 +172,11 @@ impl StageA {
         for i in 0..config.levels {
             let channels = config.channels_at(i);
             if i > 0 {
-                let p = p.sub(&layers.len().to_string());
+                let p = p.sub(layers.len());
                 let (weight, bias) = resample(&p, [channels, config.channels_at(i - 1)], channels)?;
                 layers.push(Layer::Down { weight, bias });
             }
-            layers.push(Layer::Block(Block::load(&p.sub(&layers.len().to_string()), channels)?));
+            layers.push(Layer::Block(Block::load(&p.sub(layers.len()), channels)?));
         }
         Ok(layers)
     }
@@ -186,10 +188,10 @@ impl StageA {
             let channels = config.channels_at(i);
             let blocks = if i == config.levels - 1 { config.bottleneck_blocks } else { 1 };
             for _ in 0..blocks {
-                layers.push(Layer::Block(Block::load(&p.sub(&layers.len().to_string()), channels)?));
+                layers.push(Layer::Block(Block::load(&p.sub(layers.len()), channels)?));
             }
             if i > 0 {
-                let p = p.sub(&layers.len().to_string());
+                let p = p.sub(layers.len());
                 let finer = config.channels_at(i - 1);
                 let (weight, bias) = resample(&p, [channels, finer], finer)?;
                 layers.push(Layer::Up { weight, bias });

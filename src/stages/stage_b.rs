@@ -177,7 +177,7 @@ impl StageB {
     fn load_down(p: &Params, config: &StageBConfig, invariants: &mut Invariants) -> Result<Vec<DownLevel>> {
         let mut levels = Vec::with_capacity(config.levels.len());
         for (i, level) in config.levels.iter().enumerate() {
-            let p = p.sub(&i.to_string());
+            let p = p.sub(i);
             let resample = match i.checked_sub(1) {
                 Some(finer) => {
                     let inputs = config.levels[finer].channels;
@@ -194,7 +194,7 @@ impl StageB {
         let deepest = config.levels.len() - 1;
         let mut levels = Vec::with_capacity(config.levels.len());
         for (u, i) in (0..=deepest).rev().enumerate() {
-            let p = p.sub(&u.to_string());
+            let p = p.sub(u);
             let channels = config.levels[i].channels;
             let skip_channels = if i < deepest { channels } else { 0 };
             let run = RunConfig { skip_channels, ..config.run(i) };

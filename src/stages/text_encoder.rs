@@ -91,7 +91,7 @@ impl TextEncoder {
     /// # Errors
     /// `Format` for missing or misshapen weights.
     pub fn load(p: &Params, config: TextEncoderConfig) -> Result<Self> {
-        let layers = (0..config.layers).map(|i| Layer::load(&p.sub("layers").sub(&i.to_string()), &config));
+        let layers = (0..config.layers).map(|i| Layer::load(&p.sub("layers").sub(i), &config));
         Ok(TextEncoder {
             tokens: p.tensor("tokens.weight", &[config.vocabulary, config.width])?,
             positions: p.tensor("positions.weight", &[config.max_length, config.width])?,

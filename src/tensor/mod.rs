@@ -113,7 +113,7 @@ impl Tensor {
             let expected = format!("{bytes} bytes from byte {offset}");
             return Err(Error::argument("a mapped tensor", expected, format!("{} bytes", map.len())));
         }
-        if (map.as_ptr() as usize + offset) % dtype.size() != 0 {
+        if !(map.as_ptr() as usize + offset).is_multiple_of(dtype.size()) {
             let expected = format!("data aligned to {} bytes", dtype.size());
             return Err(Error::argument("a mapped tensor", expected, format!("offset {offset}")));
         }

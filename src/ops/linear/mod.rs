@@ -134,7 +134,7 @@ pub(crate) fn product(
     let bias = bias.as_ref().map(Tensor::slice::<f32>).transpose()?;
 
     let leading = if layout == Layout::RowsAreOutputs { rows.channels } else { outputs };
-    let m = if outputs == 0 { 0 } else { out.len() / outputs };
+    let m = out.len().checked_div(outputs).unwrap_or(0);
     let b = MatrixB { values: values(weight)?, layout, leading };
     let gemm_sizes = Gemm { m, n: outputs, k: rows.channels, a: rows.values, lda: rows.channels, b };
     let per_sample = rows.per_sample.max(1);

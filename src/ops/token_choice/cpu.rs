@@ -1,9 +1,10 @@
 //! Choice of a token on the CPU: one row of logits, which lies in cache, at a time.
 
 use crate::device::Context;
+use crate::device::scratch::SharedMut;
 use crate::device::simd::exp;
 use crate::error::Result;
-use crate::ops::kernels::{self, SharedOut, dot, mul_add, per_cpu};
+use crate::ops::kernels::{self, dot, mul_add, per_cpu};
 use crate::ops::vector_quantize;
 
 use super::NO_TOKEN;
@@ -43,11 +44,10 @@ pub fn choose(
         Rule::Quant((table, row)) => table.len() / row,
         _ => 0,
     };
-    let (logits, means) = (SharedOut::new(logits), SharedOut::new(means));
+    let (logits, means) = (SharedMut::new(logits), SharedMut::new(means));
     kernels::parallel_chunks(cx, &mut tokens[..rows], 1, |r, token| {
         // SAFETY: each row number occurs once, and the parts of different rows are disjoint.
-        let (logits, mean) =
-            unsafe { (logits.slice(r * classes..(r + 1) * classes), means.slice(r * dim..(r + 1) * dim)) };
+        let (logits, mean) = unsafe { (logits.part(r * classes, classes), means.part(r * dim, dim)) };
         if let Some(other) = others.get(r * classes..(r + 1) * classes) {
             guide(logits, other, chooser.guidance);
         }
