@@ -87,6 +87,12 @@ fn a_model_without_an_image_encoder() {
     for result in [options.set_init_image(&image, 0.5), model.encode_image(&[&image]).map(drop)] {
         assert_error("no encoder", result, Kind::Unsupported, &["picture as input", "image_encoder"]);
     }
+    // A link to nowhere is no such choice.
+    let result = opened(|folder| {
+        folder.remove("image_encoder");
+        std::os::unix::fs::symlink("/none/such", folder.path().join("image_encoder")).unwrap();
+    });
+    assert_error("a dangling link", result.1, Kind::Io, &["image_encoder/config.json", "No such file"]);
     options.set_mask(&image).unwrap();
     assert_error("a mask alone", model.generate(&options), Kind::Argument, &["mask"]);
 }

@@ -109,8 +109,8 @@ impl Model {
             stage_c: load::stage_c(&path.join("stage_c"))?,
             // Text to image does without.
             image: match path.join("image_encoder") {
-                folder if folder.exists() => Some(load::image_encoder(&folder)?),
-                _ => None,
+                folder if is_absent(&folder) => None,
+                folder => Some(load::image_encoder(&folder)?),
             },
             text: load::text(path, &index)?,
             device: Device::cpu(options.threads)?,
@@ -296,6 +296,11 @@ impl Model {
             log(level, &message());
         }
     }
+}
+
+/// Whether there is nothing of this name. What is there but cannot be reached, as a link to nowhere, is not absent.
+fn is_absent(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 impl Inner {
