@@ -401,7 +401,8 @@ struct Counted {
     large: Vec<usize>,
 }
 
-#[global_allocator]
+#[cfg_attr(not(feature = "host-memory-guard"), global_allocator)]
+#[cfg_attr(feature = "host-memory-guard", allow(dead_code))]
 static COUNTER: Counter = Counter {
     on: AtomicBool::new(false),
     allocations: AtomicUsize::new(0),

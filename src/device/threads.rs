@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::reserve::Reserve;
 use crate::error::{Error, Result};
 
 /// How often an idle helper looks for work before it sleeps: about 20 microseconds, the gap between two ops.
@@ -112,6 +113,23 @@ pub fn run_apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> 
         drop(Thread::start(work)?);
     }
     outcome.unwrap_or_else(|| Err(Error::internal("a library thread", "it ended without a result")))
+}
+
+/// The same under a reserve, which the thread's own end (caches in its thread-locals) still has at hand.
+///
+/// # Errors
+/// What `work` returns; `Internal` if it panicked; `OutOfMemory` as [`reserve::with`].
+pub fn run_apart_with_reserve<T: Send>(
+    what: &str,
+    bytes: usize,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let reserve = Reserve::new(what, bytes)?;
+    run_apart(|| {
+        // SAFETY: `run_apart` joins the thread.
+        unsafe { reserve.stay() };
+        reserve.guard(work)
+    })
 }
 
 struct SendPtr<T>(*mut T);

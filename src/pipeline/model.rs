@@ -9,7 +9,7 @@ use super::job::Job;
 use super::load::{self, ImagePart, Part, TextPart};
 use super::options::{Choice, LogLevel, ModelOptions, Residency, Sampler};
 use crate::device::Device;
-use crate::device::threads::run_apart;
+use crate::device::threads::run_apart_with_reserve;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::stages::stage_a::StageA;
@@ -27,6 +27,9 @@ const DEFAULT_STAGE_B_TEMPERATURE: (f32, f32) = (0.7, 0.3);
 
 /// How far EfficientNetV2 shrinks a picture, for folders without an image encoder.
 const ENCODER_FACTOR: usize = 32;
+
+/// What the lists of layers and messages about them take in memory beside the weights, at worst.
+const NETWORKS_BYTES: usize = 16 << 20;
 
 /// A model folder, opened. Clones share it; it closes with the last of them, its options and its jobs.
 #[derive(Clone)]
@@ -86,7 +89,7 @@ impl Model {
     /// `Io` and `Format` name the file, the tensor or field, what was expected and what was found;
     /// `Unsupported` for a generation that this version does not run; `OutOfMemory`.
     pub fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
-        run_apart(|| Self::open_here(path, options))
+        run_apart_with_reserve("a model", NETWORKS_BYTES, || Self::open_here(path, options))
     }
 
     fn open_here(path: &Path, options: &ModelOptions) -> Result<Self> {

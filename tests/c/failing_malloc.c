@@ -1,4 +1,4 @@
-/* LD_PRELOAD: the n-th allocation of at least WST_FAIL_BYTES (default 256 KiB) fails, then all is well again.
+/* LD_PRELOAD: the n-th allocation of at least WST_FAIL_BYTES (default 64 KiB) fails, then all is well again.
  * The program arms it with failing_malloc_arm(n) and learns with failing_malloc_seen() how many there were. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,7 +21,7 @@ long failing_malloc_seen(void);
 /* n = 0: count only. */
 void failing_malloc_arm(long n) {
     const char *text = getenv("WST_FAIL_BYTES");
-    atomic_store(&threshold, text ? strtoul(text, NULL, 10) : (size_t)256 << 10);
+    atomic_store(&threshold, text ? strtoul(text, NULL, 10) : (size_t)64 << 10);
     atomic_store(&seen, 0);
     atomic_store(&left, n);
 }
