@@ -9,8 +9,8 @@
 //! Blocks of a reserve are counted: one that outlives the work (a cache of a thread, a global of a crate) keeps the
 //! mapping, and whoever frees the last one, on whatever thread, frees the mapping.
 //!
-//! Without the feature `host-memory-guard` nothing is intercepted: a reserve is then only the check that so much
-//! memory could be had at its start.
+//! Without the feature `host-memory-guard` nothing is intercepted: a large reserve is then only the check that so
+//! much memory could be had at its start, a small one is nothing.
 
 use std::alloc::Layout;
 
@@ -22,7 +22,6 @@ mod allocator;
 use allocator::Mapping;
 
 /// Beside what the caller estimates: tables and caches whose size no input decides.
-#[cfg(feature = "host-memory-guard")]
 const SLACK_BYTES: usize = 16 << 20;
 
 /// Blocks are not reused one by one: a growing vector leaves copies of half, a quarter, … of its size behind.
@@ -50,7 +49,7 @@ impl Reserve {
             .and_then(|bytes| Mapping::new(bytes.checked_add(SLACK_BYTES)?))
             .ok_or_else(|| Error::out_of_memory(what, bytes))?;
         #[cfg(not(feature = "host-memory-guard"))]
-        drop(super::Buffer::new(what, bytes)?);
+        check_headroom(what, bytes)?;
         Ok(Reserve {
             what: what.to_owned(),
             bytes,
@@ -102,6 +101,25 @@ impl Reserve {
 /// What `work` returns; `OutOfMemory`, naming `what`, if there is no reserve or it was touched.
 pub fn with<T>(what: &str, bytes: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
     Reserve::new(what, bytes)?.guard(work)
+}
+
+/// Checks that `bytes` bytes could be had, before code that allocates infallibly is called.
+#[cfg(not(feature = "host-memory-guard"))]
+fn check_headroom(what: &str, bytes: usize) -> Result<()> {
+    if bytes <= SLACK_BYTES {
+        return Ok(());
+    }
+    let layout = Layout::from_size_align(bytes, super::ALIGNMENT);
+    let layout = layout.map_err(|_| Error::out_of_memory(what, bytes))?;
+    // SAFETY: the size is not zero; the block is freed as it was made, untouched.
+    unsafe {
+        let block = allocate(layout);
+        if block.is_null() {
+            return Err(Error::out_of_memory(what, bytes));
+        }
+        free(std::hint::black_box(block), layout);
+    }
+    Ok(())
 }
 
 /// Memory for code that can fail: from no reserve.

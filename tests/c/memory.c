@@ -1,9 +1,11 @@
-/* Under failing_malloc.c: whichever large allocation fails, the call says WST_OUT_OF_MEMORY and the next one works. */
+/* Under failing_malloc.c: whichever large allocation fails, alone or with all after it, the call says
+ * WST_OUT_OF_MEMORY or gives the right picture, and the next one works. */
+#include <limits.h>
 #include <stdlib.h>
 
 #include "check.h"
 
-void failing_malloc_arm(long n);
+void failing_malloc_arm(long n, long more);
 long failing_malloc_seen(void);
 
 /* Opens and generates; `*model` is kept for the next time. */
@@ -24,10 +26,10 @@ static wst_status run(const char *folder, wst_model **model, wst_image **image) 
 
 int main(int argc, char **argv) {
     if (argc < 2) return 2; /* MODEL [RUNS] */
-    long runs = argc > 2 ? atol(argv[2]) : 60;
+    long runs = argc > 2 ? atol(argv[2]) : 1000000;
     wst_model *model = NULL;
     wst_image *right = NULL, *image = NULL;
-    failing_malloc_arm(0);
+    failing_malloc_arm(0, -1);
     CHECK(run(argv[1], &model, &right) == WST_OK);
     long count = failing_malloc_seen();
     wst_model_free(model);
@@ -35,13 +37,14 @@ int main(int argc, char **argv) {
     /* All of them if there are few, else spread over the run. */
     long step = count > runs ? (count + runs - 1) / runs : 1;
     long survived = 0;
-    for (long n = 1; n <= count; n += step) {
+    for (long turn = 0; turn <= (count - 1) / step * 2 + 1; ++turn) {
+        long n = 1 + turn / 2 * step;
         model = NULL;
         image = NULL;
-        failing_malloc_arm(n);
+        failing_malloc_arm(n, turn % 2 ? LONG_MAX : 0);
         wst_status status = run(argv[1], &model, &image);
         int reached = failing_malloc_seen() >= n;
-        failing_malloc_arm(-1);
+        failing_malloc_arm(-1, 0);
         if (status == WST_OK) {
             /* The pool gave back what it held, and the second try worked. */
             ++survived;
