@@ -118,7 +118,7 @@ pub fn run_apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> 
 /// The same under a reserve, which the thread's own end (caches in its thread-locals) still has at hand.
 ///
 /// # Errors
-/// What `work` returns; `Internal` if it panicked; `OutOfMemory` as [`reserve::with`].
+/// What `work` returns; `Internal` if it panicked; `OutOfMemory` as [`Reserve::guard`].
 pub fn run_apart_with_reserve<T: Send>(
     what: &str,
     bytes: usize,
