@@ -45,7 +45,8 @@ def python():
 
 def build_bench(name):
     """The path of the compiled bench."""
-    command = ["cargo", "bench", "--bench", name, "--no-run", "--message-format=json"]
+    # Without the library's own global allocator, so that stages.rs can have one that counts.
+    command = ["cargo", "bench", "--bench", name, "--no-default-features", "--no-run", "--message-format=json"]
     lines = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     for message in map(json.loads, lines):
         if message.get("executable") and message["target"]["name"] == name:

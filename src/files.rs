@@ -55,27 +55,27 @@ pub(crate) fn text<'a>(path: &Path, content: &'a Buffer) -> Result<&'a str> {
     })
 }
 
-/// Checks that `bytes` bytes could be had, before code that allocates infallibly is called.
-///
-/// # Errors
-/// `OutOfMemory`, naming `what`.
-pub(crate) fn check_headroom(what: &str, bytes: usize) -> Result<()> {
-    Buffer::new(what, bytes).map(drop)
+/// The size of a file in bytes; nothing if there is none.
+pub(crate) fn size(path: &Path) -> usize {
+    std::fs::metadata(path).map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(usize::MAX))
 }
 
-/// Runs a parser that is not ours on a thread of its own. A panic in it means that the file is not what it should be.
+/// Runs a parser that is not ours on a thread of its own, under a reserve of `bytes` bytes. A panic in it means that
+/// the file is not what it should be.
 ///
 /// # Errors
-/// What `work` returns; `Format` if it panicked.
+/// What `work` returns; `Format` if it panicked; `OutOfMemory`.
 pub(crate) fn guarded<T: Send>(
     path: &Path,
     expected: &str,
+    bytes: usize,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
-    threads::run_apart(work).map_err(|error| match error {
+    let place = path.display().to_string();
+    threads::run_apart_with_reserve(&place, bytes, work).map_err(|error| match error {
         Error::Internal { reason, .. } => {
             let found = format!("content that its parser cannot take ({reason})");
-            Error::format(path.display().to_string(), expected, found)
+            Error::format(place, expected, found)
         }
         error => error,
     })

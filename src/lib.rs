@@ -54,6 +54,12 @@
 //! | [`tensor`] | [`Tensor`], and the random numbers |
 //! | [`device`] | memory, threads, matrix products; [`Context`] |
 //!
+//! # Features
+//! `host-memory-guard`, on by default: a global allocator, the system's with a reserve behind it, so that running out
+//! of memory is [`Error::OutOfMemory`] also in the crates that parse files and prompts (see [`device::reserve`]).
+//! A Rust program with a `#[global_allocator]` of its own must use `default-features = false`; such code then aborts
+//! when memory runs out, and there is only a check beforehand that as much as it may need could be had.
+//!
 //! [arXiv:2306.00637]: https://arxiv.org/abs/2306.00637
 
 pub mod capi;

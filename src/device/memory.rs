@@ -7,6 +7,7 @@ use std::alloc::Layout;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::reserve;
 use crate::error::{Error, Result};
 
 /// Alignment of every buffer: one cache line, one AVX-512 register.
@@ -40,7 +41,7 @@ impl Block {
             .and_then(|capacity| Layout::from_size_align(capacity, Self::alignment(capacity)).ok())
             .ok_or_else(|| Error::out_of_memory(what, bytes))?;
         // SAFETY: the layout's size is at least ALIGNMENT, so not zero.
-        let data = unsafe { std::alloc::alloc(layout) };
+        let data = unsafe { reserve::allocate(layout) };
         let data = NonNull::new(data).ok_or_else(|| Error::out_of_memory(what, bytes))?;
         #[cfg(target_os = "linux")]
         if layout.size() >= HUGE_BLOCK {
@@ -67,7 +68,7 @@ impl Drop for Block {
         // SAFETY: allocated in `allocate` with exactly this layout, which was valid there.
         unsafe {
             let layout = Layout::from_size_align_unchecked(self.capacity, Self::alignment(self.capacity));
-            std::alloc::dealloc(self.data.as_ptr(), layout);
+            reserve::free(self.data.as_ptr(), layout);
         }
     }
 }

@@ -3,6 +3,7 @@
 mod cancel;
 pub mod gemm;
 mod memory;
+pub mod reserve;
 pub mod scratch;
 pub mod simd;
 pub mod threads;

@@ -10,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::reserve::Reserve;
 use crate::error::{Error, Result};
 
 /// How often an idle helper looks for work before it sleeps: about 20 microseconds, the gap between two ops.
@@ -168,6 +169,37 @@ pub fn run_apart_reporting<T: Send, R: Send>(
         }
     }
     outcome.unwrap_or_else(|| Err(Error::internal("a library thread", "it ended without a result")))
+}
+
+/// The same under a reserve, which the thread's own end (caches in its thread-locals) still has at hand.
+///
+/// # Errors
+/// What `work` returns; `Internal` if it panicked; `OutOfMemory` as [`Reserve::guard`].
+pub fn run_apart_with_reserve<T: Send>(
+    what: &str,
+    bytes: usize,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    reporting_with_reserve(what, bytes, |_: &(dyn Fn(()) + Sync)| work(), |()| ())
+}
+
+/// [`run_apart_reporting`] under a reserve.
+///
+/// # Errors
+/// As [`run_apart_with_reserve`].
+pub fn reporting_with_reserve<T: Send, R: Send>(
+    what: &str,
+    bytes: usize,
+    work: impl FnOnce(&(dyn Fn(R) + Sync)) -> Result<T> + Send,
+    hear: impl FnMut(R),
+) -> Result<T> {
+    let reserve = Reserve::new(what, bytes)?;
+    let guarded = |say: &(dyn Fn(R) + Sync)| {
+        // SAFETY: `run_apart_reporting` joins the thread.
+        unsafe { reserve.stay() };
+        reserve.guard(|| work(say))
+    };
+    run_apart_reporting(guarded, hear)
 }
 
 struct SendPtr<T>(*mut T);

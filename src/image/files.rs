@@ -10,7 +10,7 @@ use image::codecs::png::{PngDecoder, PngEncoder};
 use image::{ColorType, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, Limits};
 
 use super::{Image, MAX_SIDE_PX, RGB};
-use crate::device::{Buffer, threads};
+use crate::device::{Buffer, reserve, threads};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -18,7 +18,7 @@ use crate::files;
 const FILE_MAX_BYTES: usize = 1 << 30;
 
 /// What a decoder may allocate besides the pixels: tables, rows, colour profiles.
-const DECODER_MAX_BYTES: u64 = 256 << 20;
+const DECODER_MAX_BYTES: u64 = 64 << 20;
 
 /// The first bytes of a PNG file.
 const PNG_MAGIC: &[u8] = b"\x89PNG\r\n\x1a\n";
@@ -42,7 +42,9 @@ impl Image {
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let content = files::read(path, FILE_MAX_BYTES)?;
-        files::guarded(path, EXPECTED, || decode(path, content.bytes()))
+        // Both decoders copy the file.
+        let bytes = content.bytes().len() * 2 + DECODER_MAX_BYTES as usize;
+        files::guarded(path, EXPECTED, bytes, || decode(path, content.bytes()))
     }
 
     /// Writes a PNG file. The file appears under its name only when it is complete.
@@ -77,8 +79,8 @@ impl Image {
 
     fn encode(&self, path: &Path, file: File) -> Result<File> {
         // The encoder holds filtered and compressed rows.
-        files::check_headroom("an encoded picture", self.data().len() * 2)?;
-        threads::run_apart(|| {
+        let bytes = self.data().len() * 2;
+        threads::run_apart_with_reserve("an encoded picture", bytes, || {
             let mut writer = BufWriter::new(file);
             PngEncoder::new(&mut writer)
                 .write_image(self.data(), self.width, self.height, ExtendedColorType::Rgb8)
@@ -112,8 +114,6 @@ fn create_beside(target: &Path) -> std::io::Result<(PathBuf, File)> {
 
 fn decode(path: &Path, content: &[u8]) -> Result<Image> {
     let wrong = |error: ImageError| Error::format(path.display().to_string(), EXPECTED, error);
-    // Both decoders copy the file.
-    files::check_headroom(&path.display().to_string(), content.len() * 2)?;
     if content.starts_with(PNG_MAGIC) {
         let mut limits = Limits::no_limits();
         limits.max_alloc = Some(DECODER_MAX_BYTES);
@@ -148,10 +148,11 @@ fn convert(path: &Path, decoder: impl ImageDecoder) -> Result<Image> {
     let colour = decoder.color_type();
     let bytes =
         usize::try_from(decoder.total_bytes()).map_err(|_| Error::out_of_memory(&place, usize::MAX))?;
-    // JPEG decoders keep coefficients, four bytes each, besides the pixels.
-    files::check_headroom(&place, bytes.saturating_mul(4))?;
     let mut raw = Buffer::new(&place, bytes)?;
-    decoder.read_image(raw.bytes_mut()).map_err(|error| Error::format(&place, EXPECTED, error))?;
+    // JPEG decoders keep coefficients, four bytes each, besides the pixels.
+    reserve::with(&place, bytes.saturating_mul(4), || {
+        decoder.read_image(raw.bytes_mut()).map_err(|error| Error::format(&place, EXPECTED, error))
+    })?;
     let (channels, sample) = match colour {
         ColorType::L8 => (1, 1),
         ColorType::La8 => (2, 1),

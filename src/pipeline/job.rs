@@ -7,6 +7,7 @@ use super::generate_options::GenerateOptions;
 use super::model::Model;
 use super::options::Progress;
 use crate::device::CancelToken;
+use crate::device::reserve::Reserve;
 use crate::device::threads::{Thread, panic_error};
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -17,6 +18,8 @@ pub struct Job {
     cancel: CancelToken,
     /// Joined by its own drop, after ours has asked it to stop.
     thread: Option<Thread>,
+    /// What the thread runs under, to its very end.
+    _reserve: Arc<Reserve>,
 }
 
 #[derive(Default)]
@@ -66,6 +69,8 @@ impl Job {
         let cancel = CancelToken::new();
         let (shared, token) = (state.clone(), cancel.clone());
         let (model, options) = (model.clone(), options.clone());
+        let reserve = Arc::new(Reserve::new("a generation", super::LISTS_BYTES)?);
+        let at_hand = reserve.clone();
         let thread = Thread::start(move || {
             let report = |progress: &Progress| {
                 shared.report(progress);
@@ -73,14 +78,16 @@ impl Job {
                     listen(progress);
                 }
             };
-            let work = std::panic::AssertUnwindSafe(|| model.run_generation(&options, &token, &report));
+            let work = std::panic::AssertUnwindSafe(|| {
+                at_hand.guard(|| model.run_generation(&options, &token, &report))
+            });
             let outcome = std::panic::catch_unwind(work)
                 .unwrap_or_else(|payload| Err(panic_error("a generation", payload)));
             // The last user of the model may be this thread: let go of it before anybody hears of the end.
             drop((options, model));
             shared.finish(outcome);
         })?;
-        Ok(Job { state, cancel, thread: Some(thread) })
+        Ok(Job { state, cancel, thread: Some(thread), _reserve: reserve })
     }
 
     /// The latest report, if there was one, and whether the job is done.

@@ -10,6 +10,9 @@ mod options;
 mod sampling;
 mod stage_calls;
 
+/// What lists of a call (requests, layers, names) take in memory beside its tensors, at worst.
+const LISTS_BYTES: usize = 8 << 20;
+
 pub use generate_options::GenerateOptions;
 pub use job::Job;
 pub use model::{Model, ModelInfo};

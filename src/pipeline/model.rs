@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::generate_options::{GenerateOptions, StageBOptions, StageCOptions};
 use super::load::{self, ImagePart, Part, TextPart};
 use super::options::{Choice, LogLevel, ModelOptions, Progress, Residency, Sampler};
-use crate::device::threads::{run_apart, run_apart_reporting};
+use crate::device::threads::{reporting_with_reserve, run_apart_with_reserve};
 use crate::device::{CancelToken, Device};
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -27,6 +27,9 @@ const DEFAULT_STAGE_B_TEMPERATURE: (f32, f32) = (0.7, 0.3);
 
 /// How far EfficientNetV2 shrinks a picture, for folders without an image encoder.
 const ENCODER_FACTOR: usize = 32;
+
+/// What the lists of layers and messages about them take in memory beside the weights, at worst.
+const NETWORKS_BYTES: usize = 16 << 20;
 
 /// A model folder, opened. Clones share it; it closes with the last of them, its options and its jobs.
 #[derive(Clone)]
@@ -90,7 +93,7 @@ impl Model {
         if path.as_os_str().is_empty() {
             return Err(Error::argument("path", "a model folder", "an empty path"));
         }
-        run_apart(|| Self::open_here(path, options))
+        run_apart_with_reserve("a model", NETWORKS_BYTES, || Self::open_here(path, options))
     }
 
     fn open_here(path: &Path, options: &ModelOptions) -> Result<Self> {
@@ -170,7 +173,9 @@ impl Model {
     ) -> Result<T> {
         let cancel = CancelToken::new();
         let mut panic = None;
-        let result = run_apart_reporting(
+        let result = reporting_with_reserve(
+            "a generation",
+            super::LISTS_BYTES,
             |say| work(&cancel, &|progress: &Progress| say(progress.clone())),
             |progress| {
                 let Some(listen) = options.progress.as_ref().filter(|_| panic.is_none()) else { return };

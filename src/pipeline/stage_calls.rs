@@ -9,7 +9,7 @@ use super::sampling::{LatentWalk, TokenWalk};
 use std::time::Instant;
 
 use crate::device::Context;
-use crate::device::threads::run_apart;
+use crate::device::threads::run_apart_with_reserve;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
 use crate::error::{Error, Result};
 use crate::image::{Fit, Image, preprocess, to_pixels};
@@ -27,7 +27,7 @@ impl Model {
 
     /// Runs `work` on a library thread and takes its result out of the device's pool.
     fn apart(&self, work: impl FnOnce() -> Result<Tensor> + Send) -> Result<Tensor> {
-        run_apart(|| work()?.detached())
+        run_apart_with_reserve("a call of a stage", super::LISTS_BYTES, || work()?.detached())
     }
 
     /// Token ids of a text, padded to the model's length. The paper's stages share one tokenizer.

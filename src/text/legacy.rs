@@ -30,23 +30,16 @@ const SKELETON: &str = r#"{
   "model": {"type": "BPE", "vocab": {}, "merges": []}
 }"#;
 
-/// Builds the tokenizer. `specials` are the texts of the special tokens, `unknown` is the one for unknown bytes.
+/// Builds the tokenizer, under the caller's reserve. `specials` are the texts of the special tokens, `unknown` is the one for unknown bytes.
 ///
 /// # Errors
 /// `Io`; `Format`, naming the file and line; `OutOfMemory`.
-pub(super) fn open(
-    folder: &Path,
-    max_bytes: usize,
-    blow_up: usize,
-    specials: &[String],
-    unknown: &str,
-) -> Result<Tokenizer> {
+pub(super) fn open(folder: &Path, max_bytes: usize, specials: &[String], unknown: &str) -> Result<Tokenizer> {
     let path = folder.join(VOCABULARY_FILE);
     let content = files::read(&path, max_bytes)?;
-    files::check_headroom(&path.display().to_string(), content.bytes().len() * blow_up)?;
     let vocabulary: Vocab = serde_json::from_slice(content.bytes())
         .map_err(|error| Error::format(path.display().to_string(), "tokens and their ids", error))?;
-    let merges = read_merges(&folder.join(MERGES_FILE), max_bytes, blow_up)?;
+    let merges = read_merges(&folder.join(MERGES_FILE), max_bytes)?;
     let wrong =
         |error: tokenizers::Error| Error::format(folder.display().to_string(), "a CLIP tokenizer", error);
     let bpe = BPE::builder()
@@ -62,9 +55,8 @@ pub(super) fn open(
     Ok(tokenizer)
 }
 
-fn read_merges(path: &Path, max_bytes: usize, blow_up: usize) -> Result<Merges> {
+fn read_merges(path: &Path, max_bytes: usize) -> Result<Merges> {
     let content = files::read(path, max_bytes)?;
-    files::check_headroom(&path.display().to_string(), content.bytes().len() * blow_up)?;
     let mut merges = Merges::new();
     for (number, line) in files::text(path, &content)?.lines().enumerate() {
         if line.is_empty() || line.starts_with("#version") {

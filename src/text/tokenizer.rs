@@ -105,7 +105,11 @@ impl Tokenizer {
             return Err(Error::io(folder, std::io::Error::new(std::io::ErrorKind::NotFound, reason)));
         }
         let place = if whole { path } else { folder.join(legacy::VOCABULARY_FILE) };
-        files::guarded(&place, "a tokenizer", || {
+        let read =
+            [&[TOKENIZER_FILE, legacy::VOCABULARY_FILE, legacy::MERGES_FILE], &SPECIALS_FILES[..]].concat();
+        let bytes: usize =
+            read.iter().map(|name| files::size(&folder.join(name)).min(TOKENIZER_MAX_BYTES)).sum();
+        files::guarded(&place, "a tokenizer", bytes * BLOW_UP, || {
             let specials = Specials::read(folder)?;
             if whole {
                 let (inner, own) = open_whole(&place)?;
@@ -113,7 +117,7 @@ impl Tokenizer {
             }
             let texts = specials.texts();
             let unknown = specials.unk.as_deref().unwrap_or(EOS);
-            let inner = legacy::open(folder, TOKENIZER_MAX_BYTES, BLOW_UP, &texts, unknown)?;
+            let inner = legacy::open(folder, TOKENIZER_MAX_BYTES, &texts, unknown)?;
             Self::assemble(inner, &place, SpecialIds::default(), &specials, fallback)
         })
     }
@@ -168,12 +172,13 @@ impl Tokenizer {
             let expected = format!("a prompt of at most {PROMPT_MAX_BYTES} bytes");
             return Err(Error::argument("prompt", expected, format!("{} bytes", text.len())));
         }
-        files::check_headroom("a prompt", text.len() * PROMPT_BLOW_UP)?;
         let mut ids = Vec::new();
         ids.try_reserve_exact(length)
             .map_err(|_| Error::out_of_memory("token ids", length * size_of::<i64>()))?;
         // On a thread of ours: the crate keeps a cache per thread, which must not outlive an unloaded library.
-        let content = threads::run_apart(|| self.content(text)).map_err(|error| match error {
+        let bytes = text.len() * PROMPT_BLOW_UP;
+        let content = threads::run_apart_with_reserve("a prompt", bytes, || self.content(text));
+        let content = content.map_err(|error| match error {
             Error::Internal { reason, .. } => self.unspeakable(text, &reason),
             error => error,
         })?;
@@ -218,7 +223,6 @@ impl Specials {
                 continue;
             }
             let content = files::read(&path, SPECIALS_MAX_BYTES)?;
-            files::check_headroom(&path.display().to_string(), content.bytes().len() * BLOW_UP)?;
             let fields: Map<String, Value> = serde_json::from_slice(content.bytes())
                 .map_err(|error| Error::format(path.display().to_string(), "a JSON object", error))?;
             let text = |name: &str| {
@@ -272,7 +276,6 @@ struct ModelOutline {
 /// A tokenizer from tokenizer.json, without its own truncation, padding and special tokens, and the ids of these.
 fn open_whole(path: &Path) -> Result<(tokenizers::Tokenizer, SpecialIds)> {
     let content = files::read(path, TOKENIZER_MAX_BYTES)?;
-    files::check_headroom(&path.display().to_string(), content.bytes().len() * BLOW_UP)?;
     let own = check_outline(path, &content)?;
     let wrong = |error: tokenizers::Error| {
         Error::format(path.display().to_string(), "a Hugging Face tokenizer", error)

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use serde::Deserialize;
 
 use super::file::WeightFile;
+use crate::device::{Buffer, reserve};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::nn::Source;
@@ -33,6 +34,7 @@ pub struct Weights {
     files: Vec<WeightFile>,
     /// Which file has a tensor; nothing if there is one file only.
     shard_of: HashMap<String, usize>,
+    parameters: u64,
 }
 
 #[derive(Deserialize)]
@@ -79,16 +81,24 @@ impl Weights {
     /// As [`WeightFile::open`].
     pub fn open_file(path: &Path) -> Result<Self> {
         let file = WeightFile::open(path)?;
-        Ok(Weights { path: path.to_owned(), files: vec![file], shard_of: HashMap::new() })
+        Weights { path: path.to_owned(), files: vec![file], shard_of: HashMap::new(), parameters: 0 }
+            .counted()
     }
 
     fn open_shards(folder: &Path, path: PathBuf) -> Result<Self> {
         let content = files::read(&path, INDEX_MAX_BYTES)?;
-        files::check_headroom(&path.display().to_string(), content.bytes().len() * INDEX_BLOW_UP)?;
+        let place = path.display().to_string();
+        reserve::with(&place, content.bytes().len() * INDEX_BLOW_UP, || {
+            Self::open_listed(folder, path, &content)
+        })
+    }
+
+    /// Opens the shards that an index lists.
+    fn open_listed(folder: &Path, path: PathBuf, content: &Buffer) -> Result<Self> {
         let index: Index = serde_json::from_slice(content.bytes()).map_err(|error| {
             Error::format(path.display().to_string(), "an index with a weight_map", error)
         })?;
-        let mut weights = Weights { path, files: Vec::new(), shard_of: HashMap::new() };
+        let mut weights = Weights { path, files: Vec::new(), shard_of: HashMap::new(), parameters: 0 };
         let mut opened = HashMap::new();
         for (name, shard) in index.weight_map {
             let number = match opened.get(&shard) {
@@ -107,7 +117,19 @@ impl Weights {
             }
             weights.shard_of.insert(name, number);
         }
-        Ok(weights)
+        weights.counted()
+    }
+
+    fn counted(mut self) -> Result<Self> {
+        let elements = |name: &String| self.shape(name).map(|s| s.iter().map(|&n| n as u64).product::<u64>());
+        self.parameters = self.listing(|| self.float_names().iter().filter_map(elements).sum())?;
+        Ok(self)
+    }
+
+    /// Runs `work`, which may list the names of all tensors: there may be many.
+    fn listing<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+        let bytes = self.files.iter().map(WeightFile::list_bytes).sum();
+        reserve::with(&self.path.display().to_string(), bytes, || Ok(work()))
     }
 
     fn open_shard(&self, folder: &Path, name: &str, shard: &str) -> Result<WeightFile> {
@@ -200,16 +222,17 @@ impl Weights {
 
     /// How many numbers the float tensors hold.
     pub fn parameters(&self) -> u64 {
-        let elements = |name: &String| self.shape(name).map(|s| s.iter().map(|&n| n as u64).product::<u64>());
-        self.float_names().iter().filter_map(elements).sum()
+        self.parameters
     }
 
     /// The first float tensor with values that are infinite or not a number, and how many it has. Reads all weights.
     pub fn find_not_finite(&self) -> Option<(String, usize)> {
-        self.float_names().into_iter().find_map(|name| {
+        let found = |name: String| {
             let count = not_finite(&self.tensor(&name).ok()?);
             (count > 0).then_some((name, count))
-        })
+        };
+        // Without memory for the list the search finds nothing.
+        self.listing(|| self.float_names().into_iter().find_map(found)).ok()?
     }
 
     /// Gives the pages of all weights back to the system. They are read again when they are used.

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use memmap2::{Mmap, MmapOptions, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
+use crate::device::reserve;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor::{DType, Tensor};
@@ -46,8 +47,11 @@ impl WeightFile {
         // but no memory that Rust believes constant in a typed way: elements are plain numbers.
         let map = unsafe { MmapOptions::new().map_copy_read_only(&file) }
             .map_err(|source| Error::io(path, source))?;
-        check_header_length(path, &map)?;
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| wrong(path, error))?;
+        let header_bytes = check_header_length(path, &map)?;
+        let what = format!("the header of {}", path.display());
+        let (header, metadata) = reserve::with(&what, header_bytes * HEADER_BLOW_UP, || {
+            SafeTensors::read_metadata(&map).map_err(|error| wrong(path, error))
+        })?;
         Ok(WeightFile {
             path: path.to_owned(),
             map: Arc::new(map),
@@ -64,6 +68,11 @@ impl WeightFile {
     /// The size of the mapping.
     pub fn bytes_mapped(&self) -> usize {
         self.map.len()
+    }
+
+    /// What a list of all tensors may take in memory, at worst.
+    pub(super) fn list_bytes(&self) -> usize {
+        self.data_start * HEADER_BLOW_UP
     }
 
     /// The names of all tensors, in the order of the file.
@@ -141,14 +150,14 @@ fn wrong(path: &Path, found: impl std::fmt::Display) -> Error {
 }
 
 /// Looks at the announced length of the header before anything is allocated for it.
-fn check_header_length(path: &Path, map: &Mmap) -> Result<()> {
+fn check_header_length(path: &Path, map: &Mmap) -> Result<usize> {
     let length = map.first_chunk::<LENGTH_BYTES>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let present = (map.len() - LENGTH_BYTES) as u64;
     if length > HEADER_MAX_BYTES || length > present {
         let found = format!("a header of {length} bytes in a file of {} bytes", map.len());
         return Err(wrong(path, found));
     }
-    files::check_headroom(&format!("the header of {}", path.display()), length as usize * HEADER_BLOW_UP)
+    Ok(length as usize)
 }
 
 fn dtype_of(dtype: Dtype) -> Option<DType> {

@@ -1,8 +1,10 @@
-/* LD_PRELOAD: the n-th allocation of at least WST_FAIL_BYTES (default 256 KiB) fails, then all is well again.
- * The program arms it with failing_malloc_arm(n) and learns with failing_malloc_seen() how many there were. */
+/* LD_PRELOAD: the n-th allocation of at least WST_FAIL_BYTES (default 64 KiB) fails, and `more` after it; then all is
+ * well again. The program arms it with failing_malloc_arm(n, more) and learns with failing_malloc_seen() how many
+ * there were. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -12,18 +14,19 @@ void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t);
 void *__libc_memalign(size_t, size_t);
 
-static atomic_long left = -1, seen;
+static atomic_long first = -1, last, seen;
 static atomic_size_t threshold;
 
-void failing_malloc_arm(long n);
+void failing_malloc_arm(long n, long more);
 long failing_malloc_seen(void);
 
 /* n = 0: count only. */
-void failing_malloc_arm(long n) {
+void failing_malloc_arm(long n, long more) {
     const char *text = getenv("WST_FAIL_BYTES");
-    atomic_store(&threshold, text ? strtoul(text, NULL, 10) : (size_t)256 << 10);
+    atomic_store(&threshold, text ? strtoul(text, NULL, 10) : (size_t)64 << 10);
     atomic_store(&seen, 0);
-    atomic_store(&left, n);
+    atomic_store(&last, n > 0 && more > LONG_MAX - n ? LONG_MAX : n + more);
+    atomic_store(&first, n);
 }
 
 long failing_malloc_seen(void) {
@@ -31,9 +34,9 @@ long failing_malloc_seen(void) {
 }
 
 static int fails(size_t bytes) {
-    if (atomic_load(&left) < 0 || bytes < atomic_load(&threshold)) return 0;
+    if (atomic_load(&first) < 0 || bytes < atomic_load(&threshold)) return 0;
     long number = atomic_fetch_add(&seen, 1) + 1;
-    if (number != atomic_load(&left)) return 0;
+    if (number < atomic_load(&first) || number > atomic_load(&last)) return 0;
     errno = ENOMEM;
     return 1;
 }

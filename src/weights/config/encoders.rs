@@ -185,7 +185,8 @@ impl TextEncoderConfig {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
         let whole = Fields::read(&path)?;
-        let fields = whole.object("text_config")?.unwrap_or(whole);
+        let inner = whole.object("text_config")?;
+        let fields = inner.as_ref().unwrap_or(&whole);
         let hidden_act = match fields.text("hidden_act")? {
             None | Some("quick_gelu") => HiddenAct::QuickGelu,
             Some("gelu") => HiddenAct::Gelu,

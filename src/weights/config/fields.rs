@@ -1,10 +1,12 @@
 //! Reading a JSON object field by field: every error names the file, the field, what was expected and found.
 
+use std::borrow::Cow;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::device::reserve;
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -18,22 +20,22 @@ const CONFIG_BLOW_UP: usize = 64;
 const FOUND_MAX_CHARS: usize = 60;
 
 /// The fields of one JSON object. `null` counts as absent, unknown fields are ignored.
-pub(super) struct Fields {
+pub(super) struct Fields<'a> {
     place: String,
-    map: Map<String, Value>,
+    map: Cow<'a, Map<String, Value>>,
 }
 
-impl Fields {
+impl Fields<'_> {
     /// Reads a file that holds one object.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let content = files::read(path, CONFIG_MAX_BYTES)?;
         let place = path.display().to_string();
-        files::check_headroom(&place, content.bytes().len() * CONFIG_BLOW_UP)?;
-        match serde_json::from_str(files::text(path, &content)?) {
-            Ok(Value::Object(map)) => Ok(Fields { place: format!("{place}: "), map }),
-            Ok(other) => Err(Error::format(place, "a JSON object", shown(&other))),
-            Err(error) => Err(Error::format(place, "JSON", error)),
-        }
+        let text = files::text(path, &content)?;
+        reserve::with(&place, text.len() * CONFIG_BLOW_UP, || match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => Ok(Fields { place: format!("{place}: "), map: Cow::Owned(map) }),
+            Ok(other) => Err(Error::format(&place, "a JSON object", shown(&other))),
+            Err(error) => Err(Error::format(&place, "JSON", error)),
+        })
     }
 
     fn get(&self, name: &str) -> Option<&Value> {
@@ -100,12 +102,12 @@ impl Fields {
     }
 
     /// A list, each of whose elements `read` takes.
-    pub(super) fn list<T>(
-        &self,
+    pub(super) fn list<'a, T>(
+        &'a self,
         name: &str,
         expected: &str,
         max_len: usize,
-        read: impl Fn(&Value) -> Option<T>,
+        read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<Vec<T>>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let expected = || format!("a list of at most {max_len}, each {expected}");
@@ -127,22 +129,24 @@ impl Fields {
     }
 
     /// An object within this one, if it is there.
-    pub(super) fn object(&self, name: &str) -> Result<Option<Fields>> {
+    pub(super) fn object(&self, name: &str) -> Result<Option<Fields<'_>>> {
         match self.get(name) {
             None => Ok(None),
             Some(Value::Object(map)) => {
-                Ok(Some(Fields { place: format!("{}{name}.", self.place), map: map.clone() }))
+                Ok(Some(Fields { place: format!("{}{name}.", self.place), map: Cow::Borrowed(map) }))
             }
             Some(_) => Err(self.error(name, "an object")),
         }
     }
 
     /// A list of objects.
-    pub(super) fn objects(&self, name: &str, max_len: usize) -> Result<Vec<Fields>> {
-        let list = self.list(name, "an object", max_len, |value| value.as_object().cloned())?;
+    pub(super) fn objects(&self, name: &str, max_len: usize) -> Result<Vec<Fields<'_>>> {
+        let list = self.list(name, "an object", max_len, Value::as_object)?;
         let list = list.ok_or_else(|| self.error(name, "a list of objects"))?;
         let numbered = list.into_iter().enumerate();
-        Ok(numbered.map(|(i, map)| Fields { place: format!("{}{name}[{i}].", self.place), map }).collect())
+        let fields =
+            |(i, map)| Fields { place: format!("{}{name}[{i}].", self.place), map: Cow::Borrowed(map) };
+        Ok(numbered.map(fields).collect())
     }
 
     /// Checks that the object describes a `class`. Folders without a `_class_name` are taken at their word.
