@@ -93,8 +93,7 @@ func (m *Model) StageBPredict(x, t, latents, text *Tensor) (*Tensor, error) {
 }
 
 // StageBSample walks from noise to the tokens that latents and text describe.
-// negativeText may be nil. Of the options those of Stage B, the seed, progress
-// and the context count.
+// negativeText may be nil. Of the options those of Stage B and the seed count.
 func (m *Model) StageBSample(ctx context.Context, latents, text, negativeText *Tensor, options ...GenerateOption) (*Tensor, error) {
 	return m.sample(ctx, options, func(model *C.wst_model, in []*C.wst_tensor, chosen *generateOptions, out **C.wst_tensor) error {
 		var cError *C.wst_error

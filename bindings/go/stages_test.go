@@ -2,12 +2,14 @@ package wuerstchen
 
 import (
 	"context"
+	"errors"
 	"image"
 	"image/png"
 	"math"
 	"os"
 	"reflect"
 	"testing"
+	"time"
 )
 
 // apple is the first picture of the model's contact sheet.
@@ -108,9 +110,13 @@ func TestSamplingCanBeCancelled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	_, err = model.StageCSample(ctx, text, nil, nil, endless(WithProgress(func(Progress) { cancel() }))...)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	defer cancel()
+	_, err = model.StageCSample(ctx, text, nil, nil, WithStageC(10_000, 3))
 	wantStatus(t, err, ErrCancelled)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v does not match context.DeadlineExceeded", err)
+	}
 }
 
 func TestTensorErrors(t *testing.T) {

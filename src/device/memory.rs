@@ -36,9 +36,7 @@ unsafe impl Sync for Block {}
 
 impl Block {
     fn allocate(what: &str, bytes: usize) -> Result<Self> {
-        let layout = bytes
-            .max(1)
-            .checked_next_multiple_of(ALIGNMENT)
+        let layout = Self::capacity_for(bytes)
             .and_then(|capacity| Layout::from_size_align(capacity, Self::alignment(capacity)).ok())
             .ok_or_else(|| Error::out_of_memory(what, bytes))?;
         // SAFETY: the layout's size is at least ALIGNMENT, so not zero.
@@ -52,6 +50,11 @@ impl Block {
         // SAFETY: the block has this size. After the advice, so that the first touch makes huge pages.
         unsafe { data.as_ptr().write_bytes(0, layout.size()) };
         Ok(Block { data, capacity: layout.size() })
+    }
+
+    /// The size of a block for `bytes` bytes: whole cache lines, at least one.
+    fn capacity_for(bytes: usize) -> Option<usize> {
+        bytes.max(1).checked_next_multiple_of(ALIGNMENT)
     }
 
     fn alignment(capacity: usize) -> usize {
@@ -130,12 +133,14 @@ impl Pool {
     /// # Errors
     /// `OutOfMemory`, naming `what`. The pool frees what it holds and tries again before it gives up.
     pub fn take(self: &Arc<Self>, what: &str, bytes: usize) -> Result<Buffer> {
+        // What a block of its own would have: a few bytes must not look small beside the smallest block.
+        let wanted = Block::capacity_for(bytes).ok_or_else(|| Error::out_of_memory(what, bytes))? as f64;
         let reused = {
             let mut free = self.lock();
             let best = free
                 .iter()
                 .enumerate()
-                .filter(|(_, b)| b.capacity >= bytes && bytes as f64 >= REUSE_SHARE * b.capacity as f64)
+                .filter(|(_, b)| b.capacity >= bytes && wanted >= REUSE_SHARE * b.capacity as f64)
                 .min_by_key(|(_, b)| b.capacity)
                 .map(|(i, _)| i);
             best.map(|i| free.swap_remove(i))
@@ -187,6 +192,11 @@ mod tests {
         assert_eq!(pool.take("test", 1000).unwrap().bytes().as_ptr(), address);
         let small = pool.take("test", 10).unwrap();
         assert_eq!(small.bytes().len(), 10);
+        let address = small.bytes().as_ptr();
+        drop(small);
+        for bytes in [0, 1, 10, 64] {
+            assert_eq!(pool.take("test", bytes).unwrap().bytes().as_ptr(), address, "{bytes} bytes");
+        }
     }
 
     #[test]

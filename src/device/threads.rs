@@ -5,6 +5,7 @@
 //! always joined, block every signal (a host's handler must not run on them) and use no std thread handle.
 
 use std::cell::UnsafeCell;
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -97,19 +98,74 @@ fn reset_rounding() {
 /// # Errors
 /// What `work` returns; `Internal` if it panicked.
 pub fn run_apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    run_apart_reporting(|_: &(dyn Fn(()) + Sync)| work(), |()| ())
+}
+
+/// What a working thread has said and the waiting one has not heard yet.
+struct Inbox<R> {
+    state: Mutex<(VecDeque<R>, bool)>,
+    changed: Condvar,
+}
+
+impl<R> Inbox<R> {
+    fn lock(&self) -> MutexGuard<'_, (VecDeque<R>, bool)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn say(&self, report: R) {
+        self.lock().0.push_back(report);
+        self.changed.notify_one();
+    }
+
+    fn close(&self) {
+        self.lock().1 = true;
+        self.changed.notify_one();
+    }
+
+    /// The next report; `None` once the thread is done and everything was heard.
+    fn next(&self) -> Option<R> {
+        let mut state = self.lock();
+        loop {
+            if let Some(report) = state.0.pop_front() {
+                return Some(report);
+            }
+            if state.1 {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// [`run_apart`] for work that reports: `hear` gets the reports on the calling thread, while the work goes on.
+///
+/// # Errors
+/// As [`run_apart`].
+pub fn run_apart_reporting<T: Send, R: Send>(
+    work: impl FnOnce(&(dyn Fn(R) + Sync)) -> Result<T> + Send,
+    mut hear: impl FnMut(R),
+) -> Result<T> {
+    let inbox = Inbox { state: Mutex::new((VecDeque::new(), false)), changed: Condvar::new() };
     let mut outcome: Option<Result<T>> = None;
     {
         let slot = SendPtr(&mut outcome as *mut Option<Result<T>>);
-        let work: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
+        let inbox = &inbox;
+        let entry: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
             let slot = slot;
-            let result = catch_unwind(AssertUnwindSafe(work))
-                .unwrap_or_else(|payload| Err(panic_error("a library thread", payload)));
+            let work = AssertUnwindSafe(|| work(&|report| inbox.say(report)));
+            let result =
+                catch_unwind(work).unwrap_or_else(|payload| Err(panic_error("a library thread", payload)));
             // SAFETY: the caller's frame, which holds the slot, waits for this thread below.
             unsafe { *slot.0 = Some(result) };
+            inbox.close();
         });
-        // SAFETY: only the lifetime changes; the thread is joined before anything borrowed here ends.
-        let work: Entry = unsafe { std::mem::transmute(work) };
-        drop(Thread::start(work)?);
+        // SAFETY: only the lifetime changes; the thread is joined before anything borrowed here ends, also
+        // when `hear` unwinds.
+        let entry: Entry = unsafe { std::mem::transmute(entry) };
+        let _joined = Thread::start(entry)?;
+        while let Some(report) = inbox.next() {
+            hear(report);
+        }
     }
     outcome.unwrap_or_else(|| Err(Error::internal("a library thread", "it ended without a result")))
 }

@@ -1,13 +1,11 @@
 //! What the kernels share: parallel loops over disjoint parts of an output, instantiation per instruction set,
 //! and sums whose order is fixed.
 
-use std::marker::PhantomData;
-use std::ops::Range;
-
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::device::Context;
+use crate::device::scratch::SharedMut;
 #[cfg(test)]
 use crate::device::simd;
 pub(crate) use crate::device::simd::fma as mul_add;
@@ -23,34 +21,6 @@ pub(crate) fn rows_per_task(row: usize) -> usize {
     (TASK_ELEMENTS / row.max(1)).max(1)
 }
 
-/// An output that several threads write at once, each its own part.
-pub(crate) struct SharedOut<'a, T> {
-    data: *mut T,
-    len: usize,
-    borrow: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: the only access is `slice`, whose callers keep the parts disjoint.
-unsafe impl<T: Send> Sync for SharedOut<'_, T> {}
-
-impl<'a, T> SharedOut<'a, T> {
-    /// Lends out all of `out`.
-    pub fn new(out: &'a mut [T]) -> Self {
-        SharedOut { data: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
-    }
-
-    /// One part, to write. Panics if it is not within the output.
-    ///
-    /// # Safety
-    /// Parts that are alive at the same time must not overlap.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "a part outside the output");
-        // SAFETY: within the borrowed slice; the caller keeps parts disjoint.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
-    }
-}
-
 /// Calls `body(i, part)` for each part of `chunk` elements of `out` (the last may be shorter), in parallel.
 pub(crate) fn parallel_chunks<T: Send>(
     cx: &Context,
@@ -59,10 +29,10 @@ pub(crate) fn parallel_chunks<T: Send>(
     body: impl Fn(usize, &mut [T]) + Sync,
 ) -> Result<()> {
     let (len, chunk) = (out.len(), chunk.max(1));
-    let out = SharedOut::new(out);
+    let out = SharedMut::new(out);
     cx.parallel(len.div_ceil(chunk), |i| {
         // SAFETY: each task number occurs once, and the ranges of different numbers are disjoint.
-        body(i, unsafe { out.slice(i * chunk..len.min((i + 1) * chunk)) });
+        body(i, unsafe { out.part(i * chunk, chunk.min(len - i * chunk)) });
     })
 }
 

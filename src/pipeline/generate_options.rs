@@ -92,7 +92,10 @@ impl GenerateOptions {
             return Err(Error::argument("images_per_prompt", "at least 1", count));
         }
         // Even a single prompt must fit.
-        check_image_count(self.prompts.len().max(1), count)?;
+        let most = (MAX_IMAGES / self.prompts.len().max(1)) as u32;
+        if count > most {
+            return Err(Error::argument("images_per_prompt", format!("at most {most}"), count));
+        }
         self.images_per_prompt = count;
         Ok(())
     }
@@ -176,11 +179,12 @@ impl GenerateOptions {
     /// Temperature of Stage B's first and last step, linear between.
     ///
     /// # Errors
-    /// `InvalidArgument` unless both are positive and finite.
+    /// `InvalidArgument` unless both are finite and at least [`f32::MIN_POSITIVE`], 1.2e-38.
     pub fn set_stage_b_temperature(&mut self, start: f32, end: f32) -> Result<()> {
         for (name, value) in [("temperature start", start), ("temperature end", end)] {
-            if !(value > 0.0 && value.is_finite()) {
-                return Err(Error::argument(name, "a positive number", value));
+            if !(value >= f32::MIN_POSITIVE && value.is_finite()) {
+                let expected = format!("a positive number from {:e}", f32::MIN_POSITIVE);
+                return Err(Error::argument(name, expected, value));
             }
         }
         self.stage_b.temperature = (start, end);

@@ -1,12 +1,11 @@
 //! A generation on a thread of its own: started without waiting, polled, waited for, cancelled.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::generate_options::GenerateOptions;
 use super::model::Model;
-use super::options::{Progress, ProgressFn};
+use super::options::Progress;
 use crate::device::CancelToken;
 use crate::device::threads::{Thread, panic_error};
 use crate::error::{Error, Result};
@@ -29,8 +28,6 @@ struct State {
 #[derive(Default)]
 struct Inner {
     latest: Option<Progress>,
-    /// Reports for a caller that waits and listens on its own thread.
-    unheard: VecDeque<Progress>,
     outcome: Option<Result<Vec<Image>>>,
     done: bool,
 }
@@ -44,14 +41,8 @@ impl State {
         self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn report(&self, progress: &Progress, keep: bool) {
-        let mut inner = self.lock();
-        if keep {
-            inner.unheard.push_back(progress.clone());
-        }
-        inner.latest = Some(progress.clone());
-        drop(inner);
-        self.changed.notify_all();
+    fn report(&self, progress: &Progress) {
+        self.lock().latest = Some(progress.clone());
     }
 
     fn finish(&self, outcome: Result<Vec<Image>>) {
@@ -63,14 +54,6 @@ impl State {
     }
 }
 
-/// Where progress reports are heard.
-enum Listener {
-    /// On the job's thread.
-    Own(Option<ProgressFn>),
-    /// On the thread that waits, which takes them from the queue.
-    Waiting,
-}
-
 impl Job {
     /// Starts generating. Progress is reported on the job's own thread.
     ///
@@ -78,10 +61,6 @@ impl Job {
     /// `InvalidArgument` if the options belong to another model or lack a prompt; `OutOfMemory` if no thread
     /// can be started.
     pub fn start(model: &Model, options: &GenerateOptions) -> Result<Self> {
-        Self::start_with(model, options, Listener::Own(options.progress.clone()))
-    }
-
-    fn start_with(model: &Model, options: &GenerateOptions, listener: Listener) -> Result<Self> {
         model.check_options(options)?;
         let state = Arc::new(State::default());
         let cancel = CancelToken::new();
@@ -89,8 +68,8 @@ impl Job {
         let (model, options) = (model.clone(), options.clone());
         let thread = Thread::start(move || {
             let report = |progress: &Progress| {
-                shared.report(progress, matches!(listener, Listener::Waiting));
-                if let Listener::Own(Some(listen)) = &listener {
+                shared.report(progress);
+                if let Some(listen) = &options.progress {
                     listen(progress);
                 }
             };
@@ -102,30 +81,6 @@ impl Job {
             shared.finish(outcome);
         })?;
         Ok(Job { state, cancel, thread: Some(thread) })
-    }
-
-    /// Generates while the calling thread waits and hears the progress.
-    pub(super) fn run(model: &Model, options: &GenerateOptions) -> Result<Vec<Image>> {
-        let listener = match &options.progress {
-            Some(_) => Listener::Waiting,
-            None => Listener::Own(None),
-        };
-        let job = Self::start_with(model, options, listener)?;
-        let mut inner = job.state.lock();
-        loop {
-            while let Some(progress) = inner.unheard.pop_front() {
-                drop(inner);
-                if let Some(listen) = &options.progress {
-                    listen(&progress);
-                }
-                inner = job.state.lock();
-            }
-            if inner.done {
-                drop(inner);
-                return job.images();
-            }
-            inner = job.state.wait(inner);
-        }
     }
 
     /// The latest report, if there was one, and whether the job is done.

@@ -61,6 +61,11 @@ pub(super) fn text(root: &Path, index: &config::ModelIndex) -> Result<TextPart> 
     let ids =
         SpecialIds { bos: id(read.bos_token_id), eos: id(read.eos_token_id), pad: id(read.pad_token_id) };
     let tokenizer = Tokenizer::open_with(&root.join("tokenizer"), ids)?;
+    let vocabulary = tower.network.config().vocabulary;
+    if tokenizer.largest_id() as usize >= vocabulary {
+        let expected = format!("ids below {vocabulary}, as text_encoder: vocab_size says");
+        return Err(Error::format(tokenizer.path().display().to_string(), expected, tokenizer.largest_id()));
+    }
     Ok(TextPart { tower, tokenizer, length, mask_padding: index.text_attention_mask })
 }
 
@@ -111,6 +116,7 @@ pub fn stage_a(folder: &Path) -> Result<Part<StageA>> {
     let weights = open(folder)?;
     let source = Renamed::new(&weights, |name| v1::stage_a(name, sizes.levels));
     let network = StageA::load(&Params::new(&source), sizes)?;
+    source.expect_all_used()?;
     drop(source);
     Ok(Part { network, weights })
 }
@@ -146,6 +152,7 @@ pub fn stage_b(folder: &Path) -> Result<Part<StageB>> {
     let weights = open(folder)?;
     let source = Renamed::new(&weights, |name| v1::stage_b(name, &blocks_up));
     let network = StageB::load(&Params::new(&source), sizes)?;
+    source.expect_all_used()?;
     drop(source);
     Ok(Part { network, weights })
 }
@@ -167,6 +174,7 @@ pub fn stage_c(folder: &Path) -> Result<Part<StageC>> {
     let weights = open(folder)?;
     let source = Renamed::new(&weights, v1::stage_c);
     let network = StageC::load(&Params::new(&source), sizes)?;
+    source.expect_all_used()?;
     drop(source);
     Ok(Part { network, weights })
 }
@@ -187,6 +195,7 @@ pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
     let weights = open(folder)?;
     let source = Renamed::new(&weights, |name| v1::image_encoder(name, &kinds));
     let network = ImageEncoder::load(&Params::new(&source), sizes)?;
+    source.expect_all_used()?;
     drop(source);
     Ok(ImagePart { encoder: Part { network, weights }, normalisation })
 }

@@ -1,15 +1,15 @@
 //! An opened model: mapped weights on one device, immutable, shared by any number of threads.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::generate_options::{GenerateOptions, StageBOptions, StageCOptions};
-use super::job::Job;
 use super::load::{self, ImagePart, Part, TextPart};
-use super::options::{Choice, LogLevel, ModelOptions, Residency, Sampler};
-use crate::device::Device;
-use crate::device::threads::run_apart;
+use super::options::{Choice, LogLevel, ModelOptions, Progress, Residency, Sampler};
+use crate::device::threads::{run_apart, run_apart_reporting};
+use crate::device::{CancelToken, Device};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::stages::stage_a::StageA;
@@ -83,9 +83,13 @@ impl Model {
     /// Opens a model folder. Weights are mapped, not read.
     ///
     /// # Errors
+    /// `InvalidArgument` for an empty path;
     /// `Io` and `Format` name the file, the tensor or field, what was expected and what was found;
     /// `Unsupported` for a generation that this version does not run; `OutOfMemory`.
     pub fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
+        if path.as_os_str().is_empty() {
+            return Err(Error::argument("path", "a model folder", "an empty path"));
+        }
         run_apart(|| Self::open_here(path, options))
     }
 
@@ -105,8 +109,8 @@ impl Model {
             stage_c: load::stage_c(&path.join("stage_c"))?,
             // Text to image does without.
             image: match path.join("image_encoder") {
-                folder if folder.exists() => Some(load::image_encoder(&folder)?),
-                _ => None,
+                folder if is_absent(&folder) => None,
+                folder => Some(load::image_encoder(&folder)?),
             },
             text: load::text(path, &index)?,
             device: Device::cpu(options.threads)?,
@@ -153,7 +157,33 @@ impl Model {
     /// `InvalidArgument` without a prompt or with options of another model; `Cancelled`; `OutOfMemory`, after
     /// which the model is as usable as before; `Format`, naming the tensor, for weights that are not finite.
     pub fn generate(&self, options: &GenerateOptions) -> Result<Vec<Image>> {
-        Job::run(self, options)
+        self.check_options(options)?;
+        self.apart_with_progress(options, |cancel, report| self.run_generation(options, cancel, report))
+    }
+
+    /// Runs `work` on a library thread while the options' progress is heard on this one. A receiver that
+    /// panics stops the work before its panic goes on.
+    pub(super) fn apart_with_progress<T: Send>(
+        &self,
+        options: &GenerateOptions,
+        work: impl FnOnce(&CancelToken, &dyn Fn(&Progress)) -> Result<T> + Send,
+    ) -> Result<T> {
+        let cancel = CancelToken::new();
+        let mut panic = None;
+        let result = run_apart_reporting(
+            |say| work(&cancel, &|progress: &Progress| say(progress.clone())),
+            |progress| {
+                let Some(listen) = options.progress.as_ref().filter(|_| panic.is_none()) else { return };
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| listen(&progress))) {
+                    cancel.cancel();
+                    panic = Some(payload);
+                }
+            },
+        );
+        match panic {
+            Some(payload) => resume_unwind(payload),
+            None => result,
+        }
     }
 
     /// Starting values for [`GenerateOptions`].
@@ -266,6 +296,11 @@ impl Model {
             log(level, &message());
         }
     }
+}
+
+/// Whether there is nothing of this name. What is there but cannot be reached, as a link to nowhere, is not absent.
+fn is_absent(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 impl Inner {

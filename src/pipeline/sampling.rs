@@ -12,7 +12,7 @@ use crate::diffusion::tokens::{Choice, TokenSampling, TokenStep};
 use crate::error::{Error, Result};
 use crate::image::to_mask;
 use crate::ops::batch::concat;
-use crate::ops::token_choice::{TokenChoice, choose_tokens};
+use crate::ops::token_choice::{NO_TOKEN, TokenChoice, choose_tokens};
 use crate::stages::blocks::{Conditioning, Modulations};
 use crate::tensor::{DType, Tensor};
 use crate::weights::Weights;
@@ -46,6 +46,13 @@ impl<'a> LatentWalk<'a> {
             }
             None => None,
         };
+        if let Some(start) = &start {
+            let [_, h, w, _] = start.dims_of("latents")?;
+            if (h, w) != grid {
+                let expected = format!("a grid of {h} x {w}, as the initial picture's latents have");
+                return Err(Error::argument("initial_noise", expected, format!("{} x {}", grid.0, grid.1)));
+            }
+        }
         let kept = match (&options.mask, &start) {
             (Some(mask), Some(latents)) => {
                 let mask = to_mask(cx, mask, grid.0, grid.1)?;
@@ -287,6 +294,9 @@ impl<'a> TokenWalk<'a> {
             step.temperature,
             choice,
         )?;
+        if chosen.slice::<i64>()?.contains(&NO_TOKEN) {
+            return Err(not_finite("Stage B", &[&inner.stage_b.weights, &inner.stage_a.weights]));
+        }
         chosen.reshape(tokens.dims())
     }
 }
@@ -298,13 +308,20 @@ pub(super) fn check_finite(x: &Tensor, stage: &str, weights: &Weights) -> Result
     if x.slice::<f32>()?.iter().all(|v| v.is_finite()) {
         return Ok(());
     }
-    if let Some((name, count)) = weights.find_not_finite() {
-        let place = format!("{}: {name}", weights.path().display());
-        return Err(Error::format(place, "finite weights", format!("{count} that are not")));
+    Err(not_finite(stage, &[weights]))
+}
+
+/// Why an output is not finite: the first weight that is not, or the options.
+fn not_finite(stage: &str, weights: &[&Weights]) -> Error {
+    for weights in weights {
+        if let Some((name, count)) = weights.find_not_finite() {
+            let place = format!("{}: {name}", weights.path().display());
+            return Error::format(place, "finite weights", format!("{count} that are not"));
+        }
     }
-    Err(Error::argument(
+    Error::argument(
         format!("{stage} options"),
         "values that keep the network's output finite",
         "an output that is not (guidance or temperature may be extreme)",
-    ))
+    )
 }

@@ -4,8 +4,10 @@
 use super::generate_options::GenerateOptions;
 use super::guided::Texts;
 use super::model::Model;
-use super::options::Stage;
+use super::options::{Progress, Stage};
 use super::sampling::{LatentWalk, TokenWalk};
+use std::time::Instant;
+
 use crate::device::Context;
 use crate::device::threads::run_apart;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
@@ -161,7 +163,7 @@ impl Model {
     }
 
     /// Stage B's walk with the steps, guidance, seed and size of `options`. Without a negative text it is
-    /// guided away from the empty prompt. No progress is reported.
+    /// guided away from the empty prompt.
     ///
     /// # Shapes
     /// latents `[N, h, w, C]`, text `[N, T, width]`, negative_text `[N or 1, T, width]` -> `I64 [N, H, W]`
@@ -194,11 +196,16 @@ impl Model {
         let network = &self.inner.stage_b.network;
         let [n, _, _, _] = latents.dims_of("latents")?;
         expect_channels("latents", latents, network.config().latent_channels)?;
-        self.apart(|| {
-            let cx = self.context_of(options);
+        let started = Instant::now();
+        self.apart_with_progress(options, |cancel, report| {
+            let cx = self.context_of(options).cancelled_by(cancel);
             let walk = TokenWalk::new(self, options, &cx)?;
             let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
-            walk.run(latents, &texts, noise, &mut |_, _| Ok(()))
+            walk.run(latents, &texts, noise, &mut |done, _| {
+                report(&progress(Stage::B, done, walk.steps(), started));
+                Ok(())
+            })?
+            .detached()
         })
     }
 
@@ -224,8 +231,7 @@ impl Model {
     }
 
     /// Stage C's walk with the steps, guidance, sampler and seed of `options`, from `initial_noise` or from
-    /// the seed at the options' size. Without a negative text it is guided away from the empty prompt. No
-    /// progress is reported.
+    /// the seed at the options' size. Without a negative text it is guided away from the empty prompt.
     ///
     /// # Shapes
     /// text `[N, T, width]`, negative_text `[N or 1, T, width]`, initial_noise `[N, h, w, C]` -> `[N, h, w, C]`
@@ -263,15 +269,19 @@ impl Model {
             expect_channels("initial_noise", noise, self.inner.stage_c.network.config().latent_channels)?;
             grid = (h, w);
         }
-        self.apart(|| {
-            let cx = self.context_of(options);
+        let started = Instant::now();
+        self.apart_with_progress(options, |cancel, report| {
+            let cx = self.context_of(options).cancelled_by(cancel);
             let walk = LatentWalk::new(self, options, &cx, grid)?;
             let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
             let start =
                 initial_noise.map(|x| Tensor::from_parts(&cx, "latents", x.dims(), &[x])).transpose()?;
-            let latents = walk.run(&texts, noise, start, &mut |_| Ok(()))?;
+            let latents = walk.run(&texts, noise, start, &mut |step| {
+                report(&progress(Stage::C, step.done, walk.steps(), started));
+                Ok(())
+            })?;
             super::sampling::check_finite(&latents, "Stage C", &self.inner.stage_c.weights)?;
-            Ok(latents)
+            latents.detached()
         })
     }
 
@@ -300,9 +310,10 @@ impl Model {
     fn check_text(&self, name: &str, text: &Tensor, n: usize) -> Result<()> {
         let [entries, length, width] = text.dims_of(name)?;
         let expected = self.inner.text.tower.network.config().width;
-        if entries != n || length == 0 || width != expected || text.dtype() != DType::F32 {
+        if entries != n || n == 0 || length == 0 || width != expected || text.dtype() != DType::F32 {
             let found = format!("{} of {}", text.shape(), text.dtype());
-            return Err(Error::argument(name, format!("[{n}, tokens, {expected}] of F32"), found));
+            let expected = format!("[{}, tokens, {expected}] of F32", n.max(1));
+            return Err(Error::argument(name, expected, found));
         }
         Ok(())
     }
@@ -360,4 +371,9 @@ fn common_size(images: &[&Image]) -> Result<(u32, u32)> {
 
 fn seeds(options: &GenerateOptions, n: usize) -> Vec<u64> {
     (0..n as u64).map(|i| options.seed.wrapping_add(i)).collect()
+}
+
+fn progress(stage: Stage, done: usize, steps: usize, started: Instant) -> Progress {
+    let seconds = started.elapsed().as_secs_f64();
+    Progress { stage, step: done as u32, steps: steps as u32, seconds, preview: None }
 }

@@ -141,6 +141,11 @@ impl Tokenizer {
         Ok(Tokenizer { inner, place: place.to_owned(), bos, eos, pad, largest_id })
     }
 
+    /// The file that it was read from.
+    pub fn path(&self) -> &Path {
+        &self.place
+    }
+
     /// The ids of the special tokens.
     pub fn special_ids(&self) -> SpecialIds {
         SpecialIds { bos: Some(self.bos), eos: Some(self.eos), pad: Some(self.pad) }

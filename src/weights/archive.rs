@@ -191,20 +191,23 @@ impl Weights {
         self.files.iter().map(WeightFile::bytes_mapped).sum()
     }
 
+    /// The names of the tensors with float elements, sorted.
+    pub fn float_names(&self) -> Vec<String> {
+        let is_float =
+            |name: &String| self.file_of(name).and_then(|file| file.dtype(name)).is_some_and(DType::is_float);
+        self.names().into_iter().filter(is_float).collect()
+    }
+
     /// How many numbers the float tensors hold.
     pub fn parameters(&self) -> u64 {
-        let floats = |name: &String| {
-            let file = self.file_of(name).filter(|file| file.dtype(name).is_some_and(DType::is_float))?;
-            Some(file.shape(name)?.iter().map(|&n| n as u64).product::<u64>())
-        };
-        self.names().iter().filter_map(floats).sum()
+        let elements = |name: &String| self.shape(name).map(|s| s.iter().map(|&n| n as u64).product::<u64>());
+        self.float_names().iter().filter_map(elements).sum()
     }
 
     /// The first float tensor with values that are infinite or not a number, and how many it has. Reads all weights.
     pub fn find_not_finite(&self) -> Option<(String, usize)> {
-        self.names().into_iter().find_map(|name| {
-            let file = self.file_of(&name).filter(|file| file.dtype(&name).is_some_and(DType::is_float))?;
-            let count = not_finite(&file.tensor(&name).ok()?);
+        self.float_names().into_iter().find_map(|name| {
+            let count = not_finite(&self.tensor(&name).ok()?);
             (count > 0).then_some((name, count))
         })
     }

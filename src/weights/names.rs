@@ -1,7 +1,10 @@
 //! Weights under the structural names that layers ask for.
 
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
 use super::Weights;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::Source;
 use crate::tensor::Tensor;
 
@@ -9,18 +12,39 @@ use crate::tensor::Tensor;
 pub struct Renamed<'a> {
     weights: &'a Weights,
     rename: Box<dyn Fn(&str) -> String + Send + Sync + 'a>,
+    /// The keys that were asked for.
+    used: Mutex<HashSet<String>>,
 }
 
 impl<'a> Renamed<'a> {
     /// The weights, seen through `rename`.
     pub fn new(weights: &'a Weights, rename: impl Fn(&str) -> String + Send + Sync + 'a) -> Self {
-        Renamed { weights, rename: Box::new(rename) }
+        Renamed { weights, rename: Box::new(rename), used: Mutex::default() }
+    }
+
+    /// Checks that the layers have asked for every float tensor of the file: a configuration with fewer blocks
+    /// than the weights would run and make wrong pictures.
+    ///
+    /// # Errors
+    /// `Format`, naming the first tensor that nobody asked for.
+    pub fn expect_all_used(&self) -> Result<()> {
+        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.weights.float_names().into_iter().find(|name| !used.contains(name)) {
+            Some(name) => {
+                let place = format!("{}: {name}", self.weights.path().display());
+                Err(Error::format(place, "no tensor that config.json has no layer for", "one"))
+            }
+            None => Ok(()),
+        }
     }
 }
 
 impl Source for Renamed<'_> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.tensor_shaped(&(self.rename)(name), shape)
+        let key = (self.rename)(name);
+        let tensor = self.weights.tensor_shaped(&key, shape)?;
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(key);
+        Ok(tensor)
     }
 
     fn has(&self, name: &str) -> bool {

@@ -1,10 +1,13 @@
 //! Choice of a token on the CPU: one row of logits, which lies in cache, at a time.
 
 use crate::device::Context;
+use crate::device::scratch::SharedMut;
 use crate::device::simd::exp;
 use crate::error::Result;
-use crate::ops::kernels::{self, SharedOut, dot, mul_add, per_cpu};
+use crate::ops::kernels::{self, dot, mul_add, per_cpu};
 use crate::ops::vector_quantize;
+
+use super::NO_TOKEN;
 
 /// Probabilities that are summed in one go. Fixed, so that the order of the whole sum is.
 const BLOCK: usize = 64;
@@ -25,8 +28,8 @@ pub struct Chooser<'a> {
     pub rule: Rule<'a>,
 }
 
-/// Chooses `tokens`, of which the first is row `first_row` of the call. `others` holds the logits without
-/// condition, or nothing; `means` has room for one code per row.
+/// Chooses `tokens`, of which the first is row `first_row` of the call: [`NO_TOKEN`] where the logits are not all
+/// finite. `others` holds the logits without condition, or nothing; `means` has room for one code per row.
 pub fn choose(
     cx: &Context,
     chooser: &Chooser,
@@ -41,15 +44,15 @@ pub fn choose(
         Rule::Quant((table, row)) => table.len() / row,
         _ => 0,
     };
-    let (logits, means) = (SharedOut::new(logits), SharedOut::new(means));
+    let (logits, means) = (SharedMut::new(logits), SharedMut::new(means));
     kernels::parallel_chunks(cx, &mut tokens[..rows], 1, |r, token| {
         // SAFETY: each row number occurs once, and the parts of different rows are disjoint.
-        let (logits, mean) =
-            unsafe { (logits.slice(r * classes..(r + 1) * classes), means.slice(r * dim..(r + 1) * dim)) };
+        let (logits, mean) = unsafe { (logits.part(r * classes, classes), means.part(r * dim, dim)) };
         if let Some(other) = others.get(r * classes..(r + 1) * classes) {
             guide(logits, other, chooser.guidance);
         }
         token[0] = match chooser.rule {
+            _ if !all_finite(logits) => NO_TOKEN,
             Rule::Argmax => argmax(logits),
             Rule::Multinomial(uniforms) => {
                 soften(logits, chooser.inverse_temperature);
@@ -58,7 +61,7 @@ pub fn choose(
             Rule::Quant((table, row)) => {
                 soften(logits, chooser.inverse_temperature);
                 mean_code(logits, table, row, mean);
-                vector_quantize::cpu::nearest(mean, table, row)
+                if all_finite(mean) { vector_quantize::cpu::nearest(mean, table, row) } else { NO_TOKEN }
             }
         };
     })
@@ -74,6 +77,27 @@ fn guide_body<const FMA: bool>(logits: &mut [f32], other: &[f32], guidance: f32)
 per_cpu! {
     /// `logits * g + other * (1 - g)` in place.
     fn guide(logits: &mut [f32], other: &[f32], guidance: f32) = guide_body
+}
+
+#[inline(always)]
+fn all_finite_body<const FMA: bool>(x: &[f32]) -> bool {
+    // Without its sign, what is infinite or no number is at least this.
+    const INFINITE: u32 = f32::INFINITY.to_bits();
+    let mut lanes = [0u32; 32];
+    let magnitude = |v: f32| v.to_bits() & !(1 << 31);
+    let chunks = x.chunks_exact(32);
+    let rest = chunks.remainder().iter().map(|v| magnitude(*v)).fold(0, u32::max);
+    for chunk in chunks {
+        for i in 0..32 {
+            lanes[i] = lanes[i].max(magnitude(chunk[i]));
+        }
+    }
+    lanes.into_iter().fold(rest, u32::max) < INFINITE
+}
+
+per_cpu! {
+    /// Whether every value is a finite number.
+    fn all_finite(x: &[f32]) -> bool = all_finite_body
 }
 
 #[inline(always)]
@@ -96,7 +120,7 @@ fn argmax_body<const FMA: bool>(logits: &[f32]) -> i64 {
 }
 
 per_cpu! {
-    /// The first place of the largest logit; 0 if all are NaN.
+    /// The first place of the largest logit.
     fn argmax(logits: &[f32]) -> i64 = argmax_body
 }
 

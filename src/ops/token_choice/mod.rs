@@ -15,6 +15,9 @@ use crate::tensor::{DType, Tensor};
 /// Logits that are held at a time, for each of the two branches: 4 MiB.
 const SCRATCH_ELEMENTS: usize = 1 << 20;
 
+/// In the place of a token whose logits are not all finite numbers.
+pub const NO_TOKEN: i64 = -1;
+
 /// How a token is chosen from its logits.
 #[derive(Debug, Clone, Copy)]
 pub enum TokenChoice<'a> {
@@ -33,13 +36,13 @@ pub enum TokenChoice<'a> {
 }
 
 /// A token for each row of features: `logits = g * cond W^T + (1 - g) * uncond W^T`, or `cond W^T` without
-/// `uncond`; then `choice`.
+/// `uncond`; then `choice`. [`NO_TOKEN`] where logits, or the mean of the codebook, are not all finite.
 ///
 /// # Shapes
 /// `cond` and `uncond` `[R, C]`, `F32`; `weight` `[V, C]`, of any float type; the result `[R]`, `I64`.
 ///
 /// # Errors
-/// `InvalidArgument` if shapes do not fit, or the temperature is needed and not above 0.
+/// `InvalidArgument` if shapes do not fit, or the temperature is needed and not at least [`f32::MIN_POSITIVE`].
 pub fn choose_tokens(
     cx: &Context,
     cond: &Tensor,
@@ -102,10 +105,11 @@ fn check(choice: &TokenChoice, rows: usize, classes: usize, temperature: f32) ->
         }
         _ => {}
     }
-    if temperature > 0.0 && temperature.is_finite() {
+    // The inverse of a smaller one is infinite.
+    if temperature >= f32::MIN_POSITIVE && temperature.is_finite() {
         return Ok(());
     }
-    Err(Error::argument("temperature", "a number above 0", temperature))
+    Err(Error::argument("temperature", format!("a number from {:e}", f32::MIN_POSITIVE), temperature))
 }
 
 /// `features W^T`.

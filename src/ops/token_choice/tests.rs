@@ -153,3 +153,31 @@ fn what_does_not_fit_is_refused() {
     assert!(!run(&check::random(&[3, 3], 1), None, 1.0, TokenChoice::Argmax));
     assert!(!run(&x, None, 1.0, TokenChoice::Quant { codebook: &x }));
 }
+
+#[test]
+fn logits_that_are_not_finite_give_no_token() {
+    let (rows, classes, channels) = (3, 70, 5);
+    let cond = check::random(&[rows, channels], 1);
+    let mut weight = check::random(&[classes, channels], 2);
+    let uniforms = Tensor::from_slice(&[rows], &[0.5f32; 3]).unwrap();
+    let mut codebook = check::random(&[classes, 4], 3);
+    let run = |weight: &Tensor, codebook: &Tensor| {
+        let choices = [
+            TokenChoice::Multinomial { uniforms: &uniforms },
+            TokenChoice::Argmax,
+            TokenChoice::Quant { codebook },
+        ];
+        choices.map(|choice| {
+            let tokens = choose_tokens(&check::cx(), &cond, None, weight, 1.0, 1.0, choice).unwrap();
+            tokens.slice::<i64>().unwrap().iter().all(|&token| token == NO_TOKEN)
+        })
+    };
+    assert_eq!(run(&weight, &codebook), [false; 3]);
+    codebook.slice_mut::<f32>().unwrap()[6] = f32::NAN;
+    assert_eq!(run(&weight, &codebook), [false, false, true]);
+    // The last row of weights, which is behind the last whole vector.
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        weight.slice_mut::<f32>().unwrap()[69 * channels] = value;
+        assert_eq!(run(&weight, &check::random(&[classes, 4], 3)), [true; 3]);
+    }
+}

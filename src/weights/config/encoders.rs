@@ -116,6 +116,9 @@ impl ImageEncoderConfig {
             let in_channels = blocks.last().map_or(stem_channels, |block| block.out_channels);
             blocks.push(EncoderBlock::from_fields(&fields, in_channels)?);
         }
+        if blocks.is_empty() {
+            return Err(fields.error("blocks", "at least one stage"));
+        }
         let colours = |name, range, default: [f64; 3]| {
             Ok::<_, Error>(fields.numbers::<3>(name, range)?.unwrap_or(default).map(|n| n as f32))
         };

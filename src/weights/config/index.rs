@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 const FORMAT_VERSION: usize = 1;
 
 /// The largest picture side in pixels.
-const SIDE_MAX_PX: usize = 16_384;
+const SIDE_MAX_PX: usize = 4096;
 
 /// The most denoising steps.
 const STEPS_MAX: usize = 10_000;
