@@ -23,9 +23,8 @@ pub trait Source {
 
 /// The weights below one name: what a layer's constructor takes.
 ///
-/// ```ignore
-/// let block = ResBlock::load(&params.sub("blocks.0"), config)?;   // asks for blocks.0.depthwise.weight, …
-/// ```
+/// A block that is given `params.sub("blocks.0")` and asks it for `depthwise.weight` gets the source's
+/// `blocks.0.depthwise.weight`.
 #[derive(Clone)]
 pub struct Params<'a> {
     source: &'a dyn Source,

@@ -173,34 +173,3 @@ fn what_does_not_fit_is_refused() {
     assert!(depthwise_conv(&cx, &x, Some(&check::random(&[1, 4, 3, 6], 1)), &p(&three, 1)).is_err());
     assert!(depthwise_conv(&cx, &x, None, &p(&three, 1)).is_ok());
 }
-
-/// `cargo test --release depthwise_speed -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn depthwise_speed() {
-    let cx = check::cx();
-    for (dims, k) in
-        [([1, 128, 128, 384], 3), ([1, 24, 24, 1536], 3), ([2, 32, 32, 1280], 3), ([1, 64, 64, 640], 5)]
-    {
-        let x = check::random(&dims, 1);
-        let weight = check::random(&[dims[3], 1, k, k], 2);
-        let mut best = f64::MAX;
-        for _ in 0..20 {
-            let start = std::time::Instant::now();
-            crate::ops::elementwise::activate(&cx, x.clone(), Activation::None).unwrap();
-            best = best.min(start.elapsed().as_secs_f64());
-        }
-        println!("copy {:.3} ms", best * 1e3);
-        for then in [Then::None, Then::LayerNorm { eps: 1e-6 }] {
-            let p = DepthwiseConv { weight: &weight, bias: None, stride: 1, padding: Padding::Zero, then };
-            let mut best = f64::MAX;
-            for _ in 0..20 {
-                let start = std::time::Instant::now();
-                depthwise_conv(&cx, &x, None, &p).unwrap();
-                best = best.min(start.elapsed().as_secs_f64());
-            }
-            let bytes = 8.0 * x.elements() as f64;
-            println!("{dims:?} k {k} {then:?}: {:.3} ms, {:.1} GB/s", best * 1e3, bytes / best / 1e9);
-        }
-    }
-}
