@@ -1,7 +1,7 @@
 //! What to generate: prompts, sizes, seeds, steps; validated when they are set.
 
 use super::Model;
-use super::options::{Choice, ProgressFn, Sampler};
+use super::options::{Choice, ProgressFn, Sampler, parse};
 use crate::device::CancelToken;
 use crate::diffusion::latents::check_times;
 use crate::error::{Error, Result};
@@ -301,10 +301,6 @@ impl GenerateOptions {
             }
         }
     }
-}
-
-fn parse<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
-    value.trim().parse().map_err(|_| Error::argument(key, "a number in range", format!("{value:?}")))
 }
 
 fn check_steps(name: &str, steps: u32) -> Result<()> {

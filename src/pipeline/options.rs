@@ -167,6 +167,10 @@ impl ModelOptions {
     }
 }
 
-fn parse<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
+/// The number that a text option holds.
+///
+/// # Errors
+/// `InvalidArgument`, naming the key.
+pub(super) fn parse<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
     value.trim().parse().map_err(|_| Error::argument(key, "a number in range", format!("{value:?}")))
 }
