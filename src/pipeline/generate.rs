@@ -24,7 +24,7 @@ const TOKEN_POSITIONS_AT_ONCE: usize = 8192;
 /// Prompts that go through the text tower at once.
 const PROMPTS_AT_ONCE: usize = 16;
 
-/// Hears about every step; returns a preview wish's answer through the report itself.
+/// Hears about every step.
 type Report<'a> = &'a dyn Fn(&Progress);
 
 /// What is the same for all pictures of a call.

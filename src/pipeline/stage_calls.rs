@@ -1,12 +1,13 @@
 //! Stage by stage: what the paper's figures show, for tools and for checks against other implementations.
 //! Tensors are channels last here; the C ABI turns them to the reference's order.
 
+use std::time::Instant;
+
 use super::generate_options::GenerateOptions;
 use super::guided::Texts;
 use super::model::Model;
 use super::options::{Progress, Stage};
 use super::sampling::{LatentWalk, TokenWalk};
-use std::time::Instant;
 
 use crate::device::Context;
 use crate::device::threads::run_apart_with_reserve;
