@@ -1,8 +1,9 @@
 //! Pictures as tensors and back, resized whole, masked, and laid over each other.
 
-use super::{Corners, Filter, Image, RGB, resize, to_image};
+use super::{Image, RGB, to_image};
 use crate::device::Context;
 use crate::error::{Error, Result};
+use crate::ops::resize::{Corners, Filter, resize};
 use crate::tensor::{DType, Tensor};
 
 /// Pictures of one size as they are.

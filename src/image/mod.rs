@@ -3,13 +3,11 @@
 mod compose;
 mod files;
 mod preprocess;
-mod resize;
 
 use std::sync::Arc;
 
 pub use compose::{from_pixels, to_mask, to_pixels};
 pub use preprocess::{Fit, Normalisation, preprocess, to_image};
-pub use resize::{Corners, Filter, resize};
 
 use crate::device::Buffer;
 use crate::error::{Error, Result};

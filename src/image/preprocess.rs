@@ -1,9 +1,9 @@
 //! Pictures into the image encoder, and pixels out of Stage A.
 
-use super::resize::{Axis, Corners, Filter, over_rows, resize_axes};
 use super::{Image, RGB};
 use crate::device::Context;
 use crate::error::{Error, Result};
+use crate::ops::resize::{Axis, Corners, Filter, over_rows, resize_axes};
 use crate::tensor::{DType, Tensor};
 
 /// How a picture is brought to the encoder's size.

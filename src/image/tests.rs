@@ -1,6 +1,7 @@
 use super::*;
 use crate::device::{Context, Device};
-use crate::image::{Corners, Filter, Fit, Normalisation, preprocess, resize, to_image};
+use crate::image::{Fit, Normalisation, preprocess, to_image};
+use crate::ops::resize::{Corners, Filter, resize};
 use crate::tensor::Tensor;
 use crate::weights::WeightFile;
 

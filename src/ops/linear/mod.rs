@@ -1,9 +1,11 @@
 //! Matrix products with everything that may follow them, applied while an output row is hot.
 
+mod sum;
 #[cfg(test)]
 mod tests;
 
 use crate::device::Context;
+pub use crate::device::gemm::Layout as WeightLayout;
 use crate::device::gemm::{Gemm, Layout, MatrixB, Values, gemm};
 use crate::device::simd::fma;
 use crate::error::{Error, Result};
@@ -11,6 +13,7 @@ pub use crate::ops::activation::Activation;
 use crate::ops::kernels;
 use crate::simd_dispatch;
 use crate::tensor::{DType, Tensor};
+pub use sum::{Term, linear_sum};
 
 /// What follows a product, per output element:
 /// v = activation(acc * channel_scale + bias) * gain + residual, then v * (1 + a) + b.

@@ -52,16 +52,16 @@ pub enum Corners {
 
 /// How one axis is resized: `output` pixels of a grid of `grid`, from the `start`-th on.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Axis {
-    pub(super) input: usize,
-    pub(super) grid: usize,
-    pub(super) start: usize,
-    pub(super) output: usize,
+pub(crate) struct Axis {
+    pub(crate) input: usize,
+    pub(crate) grid: usize,
+    pub(crate) start: usize,
+    pub(crate) output: usize,
 }
 
 impl Axis {
     /// An axis that is resized as a whole.
-    pub(super) fn whole(input: usize, output: usize) -> Self {
+    pub(crate) fn whole(input: usize, output: usize) -> Self {
         Axis { input, grid: output, start: 0, output }
     }
 }
@@ -131,7 +131,7 @@ pub fn resize(
 }
 
 /// The same, of a part of the resized picture: `axes` are height and width.
-pub(super) fn resize_axes(
+pub(crate) fn resize_axes(
     cx: &Context,
     input: &Tensor,
     [vertical, horizontal]: [Axis; 2],
@@ -177,7 +177,7 @@ fn weighted_sum<'a>(out: &mut [f32], inputs: impl Iterator<Item = &'a [f32]>, we
 }
 
 /// Calls `body` with the number and the elements of every row, spread over the device's threads.
-pub(super) fn over_rows(
+pub(crate) fn over_rows(
     cx: &Context,
     out: &mut [f32],
     row: usize,
