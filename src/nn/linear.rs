@@ -4,6 +4,7 @@ use super::Params;
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::linear::{Activation, Epilogue, linear};
+use crate::ops::residual_mlp::Dense;
 use crate::tensor::Tensor;
 
 /// y = x Wᵀ + bias, with whatever the epilogue adds.
@@ -66,6 +67,11 @@ impl Linear {
     /// The weight `[outputs, inputs]`.
     pub fn weight(&self) -> &Tensor {
         &self.weight
+    }
+
+    /// The layer as a part of an MLP.
+    pub fn as_dense(&self) -> Dense<'_> {
+        Dense { weight: &self.weight, bias: self.bias.as_ref() }
     }
 
     /// # Shapes
