@@ -4,6 +4,7 @@ use super::Params;
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::linear::{Activation, Epilogue, linear};
+use crate::ops::residual_mlp::Dense;
 use crate::tensor::Tensor;
 
 /// y = x Wᵀ + bias, with whatever the epilogue adds.
@@ -62,6 +63,11 @@ impl Linear {
     /// The bias `[outputs]`, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
+    }
+
+    /// The layer as a part of an MLP.
+    pub fn as_dense(&self) -> Dense<'_> {
+        Dense { weight: &self.weight, bias: self.bias.as_ref() }
     }
 
     /// # Shapes
