@@ -361,6 +361,9 @@ public:
     GenerateOptions &set_init_image(const Image &image, float strength) {
         return set_(wst_generate_options_set_init_image, image.get(), strength);
     }
+    GenerateOptions &set_init_latents(const Tensor &latents, float strength) {
+        return set_(wst_generate_options_set_init_latents, latents.get(), strength);
+    }
     GenerateOptions &set_mask(const Image &mask) { return set_(wst_generate_options_set_mask, mask.get()); }
     GenerateOptions &set_preview(std::uint32_t every_n_steps) { return set_(wst_generate_options_set_preview, every_n_steps); }
     /// An exception out of `function` cancels the run and comes out of the call. If set_cancel gave a token, it is

@@ -86,7 +86,8 @@ fn check_latent_walk(name: &str) {
     let sampler = if case.settings["sampler"] == "ddim" { Sampler::Ddim } else { Sampler::Ddpm };
     let names = [(Draw::LatentStep, "step_noise.{}"), (Draw::LatentKept, "mask_noise.{}")];
     let mut noise = RecordedNoise { case: &case, names: &names };
-    let sampling = LatentSampling { schedule: CosineSchedule::default(), times, sampler, kept };
+    let fresh = Draw::LatentStep;
+    let sampling = LatentSampling { schedule: CosineSchedule::default(), times, sampler, fresh, kept };
     let after_step = |step: wuerstchen::diffusion::latents::LatentStep| {
         case.assert_image(&format!("x.{}", step.done), step.x, NETWORK_TOLERANCE);
         Ok(())

@@ -311,6 +311,21 @@ func WithInitImage(picture image.Image, strength float32) GenerateOption {
 	}
 }
 
+// WithInitLatents starts from latents, one sample for all pictures or one for
+// each, as EncodeImage and StageCSample give them. Strength 0 only decodes
+// them, without Stage C.
+func WithInitLatents(latents *Tensor, strength float32) GenerateOption {
+	return func(o *generateOptions) error {
+		copied, err := newTensor("init latents", latents)
+		if err != nil {
+			return err
+		}
+		defer C.wst_tensor_free(copied)
+		var cError *C.wst_error
+		return check(C.wst_generate_options_set_init_latents(o.pointer, copied, C.float(strength), &cError), &cError)
+	}
+}
+
 // WithMask keeps the init image where the mask is black and draws where it is white.
 func WithMask(mask image.Image) GenerateOption {
 	return func(o *generateOptions) error {

@@ -12,6 +12,8 @@ use super::error::{wst_error, wst_status};
 use super::hook;
 use super::image::wst_image;
 use super::model::{TEST_PANIC, test_panic, wst_model};
+use super::stages::floats;
+use super::tensor::wst_tensor;
 use crate::error::{Error, Result};
 use crate::pipeline::{Choice, GenerateOptions, Progress, Sampler, Stage};
 
@@ -282,7 +284,9 @@ pub unsafe extern "C" fn wst_generate_options_set_seed(
     unsafe { change("wst_generate_options_set_seed", options, error, |o| o.options.set_seed(seed)) }
 }
 
-/// Stage C, from noise to latents: denoising steps, and the weight of classifier-free guidance (1: none).
+/// Stage C, from noise to latents: denoising steps, evenly spaced, and the weight of classifier-free guidance (1: none;
+/// in v2, any up to 1). A v2 model starts with the 29 unevenly spaced steps that it was published with; to keep them
+/// and change the guidance, set the key "stage_c_guidance".
 ///
 /// Owner: nothing changes hands.
 /// Threads: one at a time per options.
@@ -339,7 +343,8 @@ pub unsafe extern "C" fn wst_generate_options_set_stage_c_timesteps(
     }
 }
 
-/// Stage B, from latents to tokens: resampling steps, and the weight of classifier-free guidance (1: none).
+/// Stage B, from latents to tokens (v1) or to Stage A's latents (v2): steps, and the weight of classifier-free guidance
+/// (1: none; in v2, any up to 1).
 ///
 /// Owner: nothing changes hands.
 /// Threads: one at a time per options.
@@ -357,11 +362,11 @@ pub unsafe extern "C" fn wst_generate_options_set_stage_b(
     }
 }
 
-/// The temperature of Stage B's choice, falling from `start` to `end` over its steps.
+/// The temperature of Stage B's choice in v1, falling from `start` to `end` over its steps.
 ///
 /// Owner: nothing changes hands.
 /// Threads: one at a time per options.
-/// Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for v2, WST_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_generate_options_set_stage_b_temperature(
     options: *mut wst_generate_options,
@@ -377,11 +382,11 @@ pub unsafe extern "C" fn wst_generate_options_set_stage_b_temperature(
     }
 }
 
-/// How Stage B turns logits into tokens.
+/// How Stage B of v1 turns logits into tokens.
 ///
 /// Owner: nothing changes hands.
 /// Threads: one at a time per options.
-/// Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for v2, WST_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_generate_options_set_stage_b_choice(
     options: *mut wst_generate_options,
@@ -412,6 +417,29 @@ pub unsafe extern "C" fn wst_generate_options_set_init_image(
     unsafe {
         change("wst_generate_options_set_init_image", options, error, |o| {
             o.options.set_init_image(&handle_in("image", image)?.image, strength)
+        })
+    }
+}
+
+/// Starts from latents instead of noise: [1, C, h, w] for all pictures, or one for each, as wst_encode_image and
+/// wst_stage_c_sample give them. `strength` as for an init image; 0 only decodes them, without Stage C: image
+/// variation from latents at hand. Replaces an init image.
+///
+/// Owner: the options keep a copy.
+/// Threads: one at a time per options.
+/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_BUSY. Their size is held to the pictures' when these are made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_generate_options_set_init_latents(
+    options: *mut wst_generate_options,
+    latents: *const wst_tensor,
+    strength: f32,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        change("wst_generate_options_set_init_latents", options, error, |o| {
+            let latents = floats("latents", &handle_in("latents", latents)?.tensor, "[N, C, h, w]")?;
+            o.options.set_init_latents(&latents, strength)
         })
     }
 }

@@ -285,7 +285,7 @@ fn forward_log(callback: &Callback<LogFunction>, level: LogLevel, text: &str) {
 }
 
 /// Sets an option by name, for configuration files and scripting languages: "device", "threads", …; the message
-/// for an unknown key lists all. "test.panic" with "caller" or "thread" makes this call fail with WST_INTERNAL as a
+/// for an unknown key lists all. "prior_path" and "decoder_path" name the folder of a v2 model's other half. "test.panic" with "caller" or "thread" makes this call fail with WST_INTERNAL as a
 /// defect would, so that a host can test what it does then.
 ///
 /// Owner: `key` and `value` are copied.
@@ -323,7 +323,9 @@ pub(super) fn test_panic(value: &str) -> Result<()> {
     }
 }
 
-/// Opens the model in folder `path`; `options` may be NULL for the defaults. Weights are mapped, not read.
+/// Opens the model in folder `path`; `options` may be NULL for the defaults. Weights are mapped, not read. v1: a folder
+/// of this library's layout. v2: a folder as diffusers saves it, with both halves or one of them; the option
+/// "decoder_path" or "prior_path" names the folder of the other. A model with one half does what that half can.
 ///
 /// Owner: the caller frees `*out` with wst_model_free; `options` may be freed or changed at once.
 /// Threads: any.

@@ -18,7 +18,7 @@ use crate::tensor::{DType, Element, Tensor};
 
 /// Reads a tensor whose rank is checked against the letters of `layout`, "[N, C, H, W]": widened to F32, and with
 /// channels last if it is an image.
-fn floats(name: &str, tensor: &Tensor, layout: &str) -> Result<Tensor> {
+pub(super) fn floats(name: &str, tensor: &Tensor, layout: &str) -> Result<Tensor> {
     check_rank(name, tensor, layout)?;
     let dims = tensor.dims();
     match tensor.dtype() {
@@ -107,7 +107,7 @@ fn arrange<T: Element>(dims: &[usize], from: &Tensor, widen: fn(T) -> f32, order
     Ok(to)
 }
 
-/// The token numbers of `text` as stage `for_stage` sees it: I64 [tokens].
+/// The token numbers of `text` as stage `for_stage` sees it: I64 [tokens]. The stages of a v1 model share a tokenizer.
 ///
 /// Owner: the caller frees `*ids` with wst_tensor_free.
 /// Threads: any.
@@ -184,7 +184,7 @@ unsafe fn with_images(
     result(encode(&images)?)
 }
 
-/// What Stage C's latents of pictures are, by the image encoder: [N, 16, h, w].
+/// What Stage C's latents of pictures are, by the image encoder, as Stage B takes them: [N, 16, h, w].
 ///
 /// Owner: the caller frees `*latents` with wst_tensor_free.
 /// Threads: any.
@@ -228,11 +228,12 @@ pub unsafe extern "C" fn wst_stage_a_encode(
     }
 }
 
-/// Stage A's picture of tokens, I64 [N, h, w], or of latents, [N, C, h, w]: F32 [N, 3, H, W], 0 to 1.
+/// Stage A's picture of tokens, I64 [N, h, w], or of latents, [N, 4, h, w]: F32 [N, 3, H, W], 0 to 1, not clamped.
+/// Tokens stand for codebook vectors as they are; latents are multiplied by the model's scale factor.
 ///
 /// Owner: the caller frees `*pixels` with wst_tensor_free.
 /// Threads: any.
-/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_stage_a_decode(
     model: *const wst_model,
@@ -250,12 +251,13 @@ pub unsafe extern "C" fn wst_stage_a_decode(
     }
 }
 
-/// One evaluation of Stage B: `x` is I64 [N, H, W] or [N, C, H, W], `t` [N], `latents` [N, 16, h, w], `text`
-/// [N, tokens, width]; gives logits [N, labels, H, W]. Floats of any width are taken, F32 is given.
+/// One evaluation of Stage B with `t` [N], `latents` [N, 16, h, w] and `text` [N, tokens, width]. v1: `x` is tokens,
+/// I64 [N, H, W], and gives logits [N, labels, H, W]. v2: `x` is Stage A's latents, [N, 4, H, W], and gives the noise
+/// in them, [N, 4, H, W]. Floats of any width are taken, F32 is given.
 ///
 /// Owner: the caller frees `*out` with wst_tensor_free.
 /// Threads: any.
-/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_stage_b_predict(
     model: *const wst_model,
@@ -279,12 +281,13 @@ pub unsafe extern "C" fn wst_stage_b_predict(
     }
 }
 
-/// All of Stage B: `latents` [N, 16, h, w] and `text` [N, tokens, width] to tokens, I64 [N, H, W].
+/// All of Stage B: `latents` [N, 16, h, w] and `text` [N, tokens, width] to tokens, I64 [N, H, W] (v1; H and W follow
+/// the options' size), or to Stage A's latents, F32 [N, 4, H, W] (v2; H = int(h * 10.67), as the reference rounds).
 /// `negative_text`, of the shape of `text`, may be NULL. Prompts in the options are not used.
 ///
 /// Owner: the caller frees `*out` with wst_tensor_free.
 /// Threads: any; the progress callback comes on this thread.
-/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_stage_b_sample(
     model: *const wst_model,
@@ -315,7 +318,7 @@ pub unsafe extern "C" fn wst_stage_b_sample(
 ///
 /// Owner: the caller frees `*noise` with wst_tensor_free.
 /// Threads: any.
-/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_stage_c_predict(
     model: *const wst_model,
@@ -337,12 +340,13 @@ pub unsafe extern "C" fn wst_stage_c_predict(
     }
 }
 
-/// All of Stage C: `text` [N, tokens, width] to latents, F32 [N, 16, h, w]. `negative_text`, of the shape of `text`,
+/// All of Stage C: `text` [N, tokens, width] to latents, F32 [N, 16, h, w], as Stage B takes them (in v2 diffusers'
+/// image_embeddings: 42 times Stage C's own, less 1). `negative_text`, of the shape of `text`,
 /// and `initial_noise`, [N, 16, h, w] (else from the seed), may be NULL. Prompts in the options are not used.
 ///
 /// Owner: the caller frees `*latents` with wst_tensor_free.
 /// Threads: any; the progress callback comes on this thread.
-/// Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_stage_c_sample(
     model: *const wst_model,

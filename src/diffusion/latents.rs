@@ -1,4 +1,4 @@
-//! Sampling of Stage C's latents: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021), from pure noise, from a
+//! Sampling of latents, Stage C's and v2's Stage B's: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021), from pure noise, from a
 //! picture's latents, or around a kept region (paper, section 3.3).
 
 use super::noise::{Draw, NoiseSource};
@@ -75,6 +75,8 @@ pub struct LatentSampling {
     pub times: Vec<f32>,
     /// How a step is made.
     pub sampler: Sampler,
+    /// What the noise of its steps is drawn as: each stage has streams of its own.
+    pub fresh: Draw,
     /// For inpainting.
     pub kept: Option<Kept>,
 }
@@ -124,7 +126,7 @@ impl LatentSampling {
                 }
                 Sampler::Ddpm => {
                     let mut fresh = Tensor::new(cx, "sampler noise", predicted.dims(), DType::F32)?;
-                    noise.normal(Draw::LatentStep, step, &mut fresh)?;
+                    noise.normal(self.fresh, step, &mut fresh)?;
                     let fresh = Some(fresh.slice::<f32>()?);
                     ddpm_step(samples, predictions, fresh, alpha_bar, alpha_bar_next);
                 }

@@ -9,7 +9,7 @@ use crate::tensor::rng::Philox;
 pub enum Draw {
     /// The noise that Stage C starts from.
     LatentStart,
-    /// The noise that a DDPM step adds.
+    /// The noise that a DDPM step of Stage C adds.
     LatentStep,
     /// The noise that a kept region is noised with before each step of inpainting.
     LatentKept,
@@ -19,6 +19,10 @@ pub enum Draw {
     TokenRenoise,
     /// The multinomial choice of a token.
     TokenChoice,
+    /// The noise that v2's Stage B starts from.
+    DecoderStart,
+    /// The noise that a step of v2's Stage B adds.
+    DecoderStep,
 }
 
 impl Draw {
@@ -31,6 +35,8 @@ impl Draw {
             Draw::TokenStart => 3,
             Draw::TokenRenoise => 4,
             Draw::TokenChoice => 5,
+            Draw::DecoderStart => 6,
+            Draw::DecoderStep => 7,
         };
         number << 32 | step as u64
     }

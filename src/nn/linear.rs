@@ -54,18 +54,14 @@ impl Linear {
         Linear { weight, bias }
     }
 
-    /// Outputs `start..start + count` alone, as a layer over views.
-    ///
-    /// # Errors
-    /// `InvalidArgument` if they are not all there.
-    pub fn outputs(&self, start: usize, count: usize) -> Result<Self> {
-        let bias = self.bias.as_ref().map(|b| b.narrow(start, count)).transpose()?;
-        Ok(Linear { weight: self.weight.narrow(start, count)?, bias })
-    }
-
     /// The weight `[outputs, inputs]`.
     pub fn weight(&self) -> &Tensor {
         &self.weight
+    }
+
+    /// The bias `[outputs]`, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 
     /// # Shapes

@@ -3,18 +3,18 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use super::generate_options::GenerateOptions;
-use super::guided::Texts;
+use super::generate_options::{GenerateOptions, Init, InitFrom};
+use super::load::TextPart;
 use super::model::Model;
 use super::options::{LogLevel, Progress, Stage};
-use super::sampling::{LatentWalk, TokenWalk};
+use super::walks::{StageBWalk, StageCWalk, Texts, check_finite, initial_latents, one_each};
 use crate::device::{CancelToken, Context};
+use crate::diffusion::latents::LatentStep;
 use crate::diffusion::noise::SeededNoise;
 use crate::error::{Error, Result};
 use crate::image::{Image, from_pixels};
 use crate::ops::batch::concat;
 use crate::tensor::Tensor;
-use crate::weights::Weights;
 
 /// Positions of Stage C's grid that go through it at once, twins included: enough to use every core, few
 /// enough that activations stay small beside the weights.
@@ -64,45 +64,67 @@ impl Model {
     }
 }
 
+/// The embeddings of the call's different texts, `[T, width]` each, by the tower of each stage.
+struct Embedded {
+    for_stage_c: Vec<Tensor>,
+    for_stage_b: Vec<Tensor>,
+}
+
 impl Run<'_> {
     fn images(&self) -> Result<Vec<Image>> {
-        let (texts, requests) = self.texts()?;
-        let latents = self.latents(&texts, &requests)?;
-        let images = self.pictures(&texts, &requests, &latents)?;
+        let (texts, requests) = self.requests();
+        let embedded = self.embed(&texts)?;
+        let latents = self.latents(&embedded, &requests)?;
+        let images = self.pictures(&embedded.for_stage_b, &requests, &latents)?;
         self.model.log(LogLevel::Info, || {
             format!("made {} pictures in {:.2?}", images.len(), self.started.elapsed())
         });
         Ok(images)
     }
 
-    /// An embedding for each different text, `[T, width]`, and which of them each picture uses.
-    fn texts(&self) -> Result<(Vec<Tensor>, Vec<Request>)> {
+    /// Each different text once, and what each picture is made of.
+    fn requests(&self) -> (Vec<&str>, Vec<Request>) {
         let mut numbers: HashMap<&str, usize> = HashMap::new();
         let mut unique: Vec<&str> = Vec::new();
-        let mut number = |text| {
-            *numbers.entry(text).or_insert_with(|| {
-                unique.push(text);
-                unique.len() - 1
-            })
-        };
         let mut requests = Vec::with_capacity(self.options.image_count());
         for prompt in &self.options.prompts {
-            let negative = number(prompt.negative.as_deref().unwrap_or(""));
-            let prompt = number(&prompt.text);
+            let [negative, prompt] = [prompt.negative.as_deref().unwrap_or(""), prompt.text.as_str()].map(|text| {
+                *numbers.entry(text).or_insert_with(|| {
+                    unique.push(text);
+                    unique.len() - 1
+                })
+            });
             for _ in 0..self.options.images_per_prompt {
                 let seed = self.options.seed.wrapping_add(requests.len() as u64);
                 requests.push(Request { prompt, negative, seed });
             }
         }
-        let mut embeddings = Vec::with_capacity(unique.len());
-        for texts in unique.chunks(PROMPTS_AT_ONCE) {
-            let hidden = self.model.embed_texts(&self.cx, texts)?;
+        (unique, requests)
+    }
+
+    /// The texts by both towers, or once by the one that the stages share.
+    fn embed(&self, texts: &[&str]) -> Result<Embedded> {
+        let for_b = self.model.text_of(Stage::B)?;
+        let for_stage_b = self.embed_by(for_b, texts)?;
+        let for_stage_c = match self.model.text_of(Stage::C) {
+            Ok(for_c) if std::ptr::eq(for_b, for_c) => for_stage_b.clone(),
+            Ok(for_c) if self.options.stage_c_times().len() > 1 => self.embed_by(for_c, texts)?,
+            // Stage C does not run.
+            _ => Vec::new(),
+        };
+        Ok(Embedded { for_stage_c, for_stage_b })
+    }
+
+    fn embed_by(&self, part: &TextPart, texts: &[&str]) -> Result<Vec<Tensor>> {
+        let mut embeddings = Vec::with_capacity(texts.len());
+        for texts in texts.chunks(PROMPTS_AT_ONCE) {
+            let hidden = part.embed(&self.cx, texts)?;
             for i in 0..texts.len() {
                 embeddings.push(hidden.narrow(i, 1)?);
             }
         }
-        self.model.leave_stage(&self.model.inner.text.tower.weights);
-        Ok((embeddings, requests))
+        self.model.leave_stage(&part.tower.weights);
+        Ok(embeddings)
     }
 
     /// The texts of some pictures: each different one once.
@@ -115,36 +137,56 @@ impl Run<'_> {
         Ok(Texts { conditional, index, unconditional })
     }
 
-    /// Stage C for all pictures: a view `[h, w, C]` each.
-    fn latents(&self, texts: &[Tensor], requests: &[Request]) -> Result<Vec<Tensor>> {
-        let (h, w) = self.model.latent_size(self.options.width, self.options.height);
-        let walk = LatentWalk::new(self.model, self.options, &self.cx, (h, w))?;
+    /// Height and width of Stage C's latents.
+    fn latent_grid(&self) -> (usize, usize) {
+        self.model.inner.geometry.latent_size(self.options.width, self.options.height)
+    }
+
+    /// What Stage B takes, for all pictures: a view `[h, w, C]` each.
+    fn latents(&self, texts: &Embedded, requests: &[Request]) -> Result<Vec<Tensor>> {
+        if self.options.stage_c_times().len() < 2
+            && let Some(initial) = initial_latents(self.model, self.options, &self.cx)?
+        {
+            let all = one_each(&self.cx, &initial, 0..requests.len())?;
+            return (0..requests.len()).map(|i| all.narrow(i, 1)).collect();
+        }
+        let (h, w) = self.latent_grid();
+        let walk = StageCWalk::new(self.model, self.options, &self.cx, (h, w))?;
+        let weights = &self.model.prior()?.stage_c.weights;
         let mut latents = Vec::with_capacity(requests.len());
         let at_once = (LATENT_POSITIONS_AT_ONCE / (2 * h * w)).max(1);
         let chunks = requests.len().div_ceil(at_once);
         for (chunk, requests) in requests.chunks(at_once).enumerate() {
-            let texts = self.select(texts, requests, walk.is_guided())?;
+            let select = |texts: &[Tensor], guided| self.select(texts, requests, guided);
+            let chosen = select(&texts.for_stage_c, walk.is_guided())?;
+            let pictures = latents.len()..latents.len() + requests.len();
             let mut noise = SeededNoise::new(requests.iter().map(|r| r.seed).collect());
-            let x = walk.run(&texts, &mut noise, None, &mut |step| {
+            let x = walk.run(pictures, &chosen, &mut noise, None, &mut |step| {
                 let done = (chunk * walk.steps() + step.done) as u32;
                 let steps = (chunks * walk.steps()) as u32;
-                let preview = self.preview_of_latents(done, &walk, &texts, step)?;
+                let preview = match self.preview_is_due(done) {
+                    true => {
+                        let chosen = select(&texts.for_stage_b[..], false)?;
+                        Some(self.preview_of_latents(&walk, &chosen, step)?)
+                    }
+                    false => None,
+                };
                 self.tell(Stage::C, done, steps, preview);
                 Ok(())
             })?;
-            self.check_finite(&x, "Stage C", &self.model.inner.stage_c.weights)?;
+            check_finite(&x, "Stage C", weights)?;
             for i in 0..requests.len() {
                 latents.push(x.narrow(i, 1)?);
             }
         }
-        self.model.leave_stage(&self.model.inner.stage_c.weights);
+        self.model.leave_stage(weights);
         Ok(latents)
     }
 
     /// Stage B and Stage A, a few pictures at a time.
     fn pictures(&self, texts: &[Tensor], requests: &[Request], latents: &[Tensor]) -> Result<Vec<Image>> {
-        let inner = &self.model.inner;
-        let walk = TokenWalk::new(self.model, self.options, &self.cx)?;
+        let decoder = self.model.decoder()?;
+        let walk = StageBWalk::new(self.model, self.options, &self.cx, self.latent_grid())?;
         let at_once = (TOKEN_POSITIONS_AT_ONCE / (2 * walk.positions())).max(1);
         let (total, chunks) = (requests.len(), requests.len().div_ceil(at_once));
         let mut images = Vec::new();
@@ -154,31 +196,31 @@ impl Run<'_> {
             let texts = self.select(texts, requests, walk.is_guided())?;
             let latents = concat(&self.cx, &latents.iter().collect::<Vec<_>>())?;
             let mut noise = SeededNoise::new(requests.iter().map(|r| r.seed).collect());
-            let tokens = walk.run(&latents, &texts, &mut noise, &mut |done, tokens| {
+            let decoded = walk.run(&latents, &texts, &mut noise, &mut |done, glimpse| {
                 let done = (chunk * walk.steps() + done) as u32;
-                let preview = self.preview_of_tokens(done, tokens)?;
+                let preview = match self.preview_is_due(done) {
+                    true => Some(self.decode(&glimpse()?)?),
+                    false => None,
+                };
                 self.tell(Stage::B, done, (chunks * walk.steps()) as u32, preview);
                 Ok(())
             })?;
             drop(texts);
             for i in 0..requests.len() {
-                images.push(self.picture(&tokens.narrow(i, 1)?)?);
+                images.push(self.picture(&decoded.narrow(i, 1)?)?);
                 self.tell(Stage::A, images.len() as u32, total as u32, None);
             }
         }
-        self.model.leave_stage(&inner.stage_b.weights);
-        self.model.leave_stage(&inner.stage_a.weights);
+        self.model.leave_stage(decoder.stage_b.weights());
+        self.model.leave_stage(&decoder.stage_a.weights);
         Ok(images)
     }
 
     /// Stage A for one picture, with the kept part of an initial picture laid over it.
-    fn picture(&self, tokens: &Tensor) -> Result<Image> {
-        let inner = &self.model.inner;
-        let pixels = inner.stage_a.network.decode_tokens(&self.cx, tokens)?;
-        self.check_finite(&pixels, "Stage A", &inner.stage_a.weights)?;
-        let image = from_pixels(&pixels)?;
-        match (&self.options.init_image, &self.options.mask) {
-            (Some((original, _)), Some(mask)) => {
+    fn picture(&self, decoded: &Tensor) -> Result<Image> {
+        let image = self.decode(decoded)?;
+        match (&self.options.init, &self.options.mask) {
+            (Some(Init { from: InitFrom::Image(original), .. }), Some(mask)) => {
                 let (width, height) = (image.width(), image.height());
                 let original = original.resized(&self.cx, width, height)?;
                 let mask = mask.resized(&self.cx, width, height)?;
@@ -186,6 +228,14 @@ impl Run<'_> {
             }
             _ => Ok(image),
         }
+    }
+
+    /// Stage A's picture of tokens or latents.
+    fn decode(&self, tokens_or_latents: &Tensor) -> Result<Image> {
+        let decoder = self.model.decoder()?;
+        let pixels = decoder.pixels(&self.cx, tokens_or_latents)?;
+        check_finite(&pixels, "Stage A", &decoder.stage_a.weights)?;
+        from_pixels(&pixels)
     }
 
     fn tell(&self, stage: Stage, step: u32, steps: u32, preview: Option<Image>) {
@@ -198,32 +248,11 @@ impl Run<'_> {
         self.options.preview_every != 0 && done.is_multiple_of(self.options.preview_every)
     }
 
-    /// One greedy Stage B step from the clean latents that the first picture's state implies.
-    fn preview_of_latents(
-        &self,
-        done: u32,
-        walk: &LatentWalk,
-        texts: &Texts,
-        step: crate::diffusion::latents::LatentStep,
-    ) -> Result<Option<Image>> {
-        if !self.preview_is_due(done) {
-            return Ok(None);
-        }
+    /// A short Stage B from the clean latents that the first picture's state implies.
+    fn preview_of_latents(&self, walk: &StageCWalk, texts: &Texts, step: LatentStep) -> Result<Image> {
         let clean = walk.implied_clean(&step)?;
-        let tokens = TokenWalk::preview(self.model, self.options, &self.cx)?.glance(&clean, texts)?;
-        self.preview_of_tokens(done, &tokens)
-    }
-
-    fn preview_of_tokens(&self, done: u32, tokens: &Tensor) -> Result<Option<Image>> {
-        if !self.preview_is_due(done) {
-            return Ok(None);
-        }
-        let pixels = self.model.inner.stage_a.network.decode_tokens(&self.cx, &tokens.narrow(0, 1)?)?;
-        from_pixels(&pixels).map(Some)
-    }
-
-    fn check_finite(&self, x: &Tensor, stage: &str, weights: &Weights) -> Result<()> {
-        super::sampling::check_finite(x, stage, weights)
+        let short = StageBWalk::preview(self.model, self.options, &self.cx, self.latent_grid())?;
+        self.decode(&short.glance(&clean, texts)?)
     }
 }
 

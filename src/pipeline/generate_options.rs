@@ -5,7 +5,9 @@ use super::options::{Choice, ProgressFn, Sampler, parse};
 use crate::device::CancelToken;
 use crate::diffusion::latents::check_times;
 use crate::error::{Error, Result};
+use crate::diffusion::schedule::linspace;
 use crate::image::Image;
+use crate::tensor::{DType, Tensor};
 
 /// More steps than any schedule gains from.
 const MAX_STEPS: u32 = 10_000;
@@ -27,7 +29,7 @@ pub struct GenerateOptions {
     pub(super) seed: u64,
     pub(super) stage_c: StageCOptions,
     pub(super) stage_b: StageBOptions,
-    pub(super) init_image: Option<(Image, f32)>,
+    pub(super) init: Option<Init>,
     pub(super) mask: Option<Image>,
     pub(super) progress: Option<ProgressFn>,
     pub(super) preview_every: u32,
@@ -46,7 +48,25 @@ pub(super) struct StageCOptions {
     pub steps: u32,
     pub guidance: f32,
     pub sampler: Sampler,
+    /// The times that the model was published with, until steps are set.
+    pub recommended: Option<Vec<f32>>,
+    /// The times that the caller has set.
     pub timesteps: Option<Vec<f32>>,
+}
+
+/// What Stage C starts from instead of noise.
+#[derive(Debug, Clone)]
+pub(super) struct Init {
+    pub from: InitFrom,
+    /// The time at which the walk starts.
+    pub strength: f32,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum InitFrom {
+    Image(Image),
+    /// `[1 or N, h, w, C]`, as Stage B takes them.
+    Latents(Tensor),
 }
 
 /// How Stage B runs.
@@ -103,15 +123,11 @@ impl GenerateOptions {
     /// Size of the pictures in pixels.
     ///
     /// # Errors
-    /// `InvalidArgument` unless both are multiples of what the model's stages divide by, and at most
-    /// 4096 x 4096 pixels together.
+    /// `InvalidArgument` unless both are multiples of what the model's stages divide by (v1: 32, v2: 128), and at
+    /// most 4096 x 4096 pixels together.
     pub fn set_size(&mut self, width: u32, height: u32) -> Result<()> {
-        let multiple = self.model.size_multiple();
-        for (name, side) in [("width", width), ("height", height)] {
-            if side == 0 || side % multiple != 0 {
-                return Err(Error::argument(name, format!("a positive multiple of {multiple}"), side));
-            }
-        }
+        self.model.inner.geometry.check_side("width", width)?;
+        self.model.inner.geometry.check_side("height", height)?;
         if u64::from(width) * u64::from(height) > MAX_PIXELS {
             let expected = format!("at most {MAX_PIXELS} pixels");
             return Err(Error::argument("size", expected, format!("{width} x {height}")));
@@ -129,14 +145,16 @@ impl GenerateOptions {
         Ok(())
     }
 
-    /// Steps and guidance weight of Stage C; a weight of 1 turns guidance off and halves the work.
+    /// Steps, evenly spaced, and guidance weight of Stage C; a weight of 1 turns guidance off and halves the work.
+    /// In v2 any weight up to 1 does, as in the reference.
     ///
     /// # Errors
     /// `InvalidArgument` for 0 or more than 10,000 steps, or a weight that is not finite.
     pub fn set_stage_c(&mut self, steps: u32, guidance: f32) -> Result<()> {
         check_steps("stage_c_steps", steps)?;
         check_finite("stage_c_guidance", guidance)?;
-        (self.stage_c.steps, self.stage_c.guidance, self.stage_c.timesteps) = (steps, guidance, None);
+        (self.stage_c.steps, self.stage_c.guidance) = (steps, guidance);
+        (self.stage_c.recommended, self.stage_c.timesteps) = (None, None);
         Ok(())
     }
 
@@ -165,7 +183,7 @@ impl GenerateOptions {
         Ok(())
     }
 
-    /// Steps and guidance weight of Stage B.
+    /// Steps and guidance weight of Stage B; a weight of 1 (in v2: up to 1) turns guidance off.
     ///
     /// # Errors
     /// As [`GenerateOptions::set_stage_c`].
@@ -179,8 +197,10 @@ impl GenerateOptions {
     /// Temperature of Stage B's first and last step, linear between.
     ///
     /// # Errors
-    /// `InvalidArgument` unless both are finite and at least [`f32::MIN_POSITIVE`], 1.2e-38.
+    /// `InvalidArgument` unless both are finite and at least [`f32::MIN_POSITIVE`], 1.2e-38; `Unsupported` in v2,
+    /// whose Stage B chooses no tokens.
     pub fn set_stage_b_temperature(&mut self, start: f32, end: f32) -> Result<()> {
+        self.model.token_predictor()?;
         for (name, value) in [("temperature start", start), ("temperature end", end)] {
             if !(value >= f32::MIN_POSITIVE && value.is_finite()) {
                 let expected = format!("a positive number from {:e}", f32::MIN_POSITIVE);
@@ -194,8 +214,9 @@ impl GenerateOptions {
     /// How Stage B chooses tokens.
     ///
     /// # Errors
-    /// None today.
+    /// `Unsupported` in v2, whose Stage B chooses no tokens.
     pub fn set_stage_b_choice(&mut self, choice: Choice) -> Result<()> {
+        self.model.token_predictor()?;
         self.stage_b.choice = choice;
         Ok(())
     }
@@ -207,18 +228,82 @@ impl GenerateOptions {
     /// # Errors
     /// `InvalidArgument` unless strength is within 0..1; `Unsupported` if the model has no image encoder.
     pub fn set_init_image(&mut self, image: &Image, strength: f32) -> Result<()> {
-        if !(0.0..=1.0).contains(&strength) {
-            return Err(Error::argument("strength", "a number from 0 to 1", strength));
-        }
+        check_strength(strength)?;
         self.model.image_encoder()?;
-        self.init_image = Some((image.clone(), strength));
+        self.init = Some(Init { from: InitFrom::Image(image.clone()), strength });
         Ok(())
+    }
+
+    /// The same from latents, as [`Model::encode_image`] or [`Model::stage_c_sample`] gives them: one for all
+    /// pictures of the call, or one for each. Strength 0 needs no Stage C.
+    ///
+    /// # Shapes
+    /// `F32 [1 or pictures, h, w, latent_channels]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` unless strength is within 0..1 and the latents have four dimensions, the model's channels
+    /// and finite values; their grid is held to the pictures' size when these are made.
+    pub fn set_init_latents(&mut self, latents: &Tensor, strength: f32) -> Result<()> {
+        check_strength(strength)?;
+        let channels = self.model.inner.latent_channels();
+        let [_, _, _, found] = latents.dims_of("init latents")?;
+        if found != channels || latents.elements() == 0 || latents.dtype() != DType::F32 {
+            let found = format!("{} of {}", latents.shape(), latents.dtype());
+            return Err(Error::argument("init latents", format!("F32 with {channels} channels"), found));
+        }
+        if let Some(value) = latents.slice::<f32>()?.iter().find(|v| !v.is_finite()) {
+            return Err(Error::argument("init latents", "finite values", value));
+        }
+        self.init = Some(Init { from: InitFrom::Latents(latents.clone()), strength });
+        Ok(())
+    }
+
+    /// Whether the initial latents, if there are any, suit `count` pictures of the options' size.
+    ///
+    /// # Errors
+    /// `InvalidArgument`.
+    pub(super) fn check_init_latents(&self, count: usize) -> Result<()> {
+        let Some(Init { from: InitFrom::Latents(latents), .. }) = &self.init else { return Ok(()) };
+        let [entries, h, w, _] = latents.dims_of("init latents")?;
+        let (rows, columns) = self.model.inner.geometry.latent_size(self.width, self.height);
+        if (entries != 1 && entries != count) || (h, w) != (rows, columns) {
+            let expected = format!(
+                "1 or {count} samples of {rows} x {columns}, as pictures of {} x {} have",
+                self.width, self.height
+            );
+            return Err(Error::argument("init latents", expected, latents.shape()));
+        }
+        Ok(())
+    }
+
+    /// The times of Stage C: one step between each two, none if an initial picture is only decoded again. Without
+    /// a mask an initial picture shortens the walk to its strength.
+    pub(super) fn stage_c_times(&self) -> Vec<f32> {
+        let StageCOptions { steps, recommended, timesteps, .. } = &self.stage_c;
+        if let Some(times) = timesteps {
+            return times.clone();
+        }
+        let whole = recommended.clone().unwrap_or_else(|| linspace(1.0, 0.0, *steps as usize));
+        match &self.init {
+            Some(Init { strength, .. }) if self.mask.is_none() && *strength < 1.0 => {
+                if *strength == 0.0 {
+                    vec![0.0]
+                } else if recommended.is_some() {
+                    let later = whole.into_iter().filter(|t| t < strength);
+                    std::iter::once(*strength).chain(later).collect()
+                } else {
+                    let steps = ((*steps as f32 * strength).round() as usize).max(1);
+                    linspace(*strength, 0.0, steps)
+                }
+            }
+            _ => whole,
+        }
     }
 
     /// Generates only where the mask is bright, and keeps the initial picture where it is dark.
     ///
     /// # Errors
-    /// None today; generation asks for an initial picture.
+    /// None today; generation asks for an initial picture or latents.
     pub fn set_mask(&mut self, mask: &Image) -> Result<()> {
         self.mask = Some(mask.clone());
         Ok(())
@@ -307,6 +392,13 @@ fn check_steps(name: &str, steps: u32) -> Result<()> {
     match steps {
         1..=MAX_STEPS => Ok(()),
         _ => Err(Error::argument(name, format!("1 to {MAX_STEPS}"), steps)),
+    }
+}
+
+fn check_strength(strength: f32) -> Result<()> {
+    match (0.0..=1.0).contains(&strength) {
+        true => Ok(()),
+        false => Err(Error::argument("strength", "a number from 0 to 1", strength)),
     }
 }
 

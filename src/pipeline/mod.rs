@@ -1,14 +1,17 @@
 //! From a prompt to a picture: text -> Stage C -> Stage B -> Stage A -> pixels (paper, Figure 2).
 
+mod defaults;
 mod generate;
 mod generate_options;
-mod guided;
+mod geometry;
+mod halves;
 mod job;
 pub mod load;
 mod model;
 mod options;
-mod sampling;
 mod stage_calls;
+mod texts;
+mod walks;
 
 /// What lists of a call (requests, layers, names) take in memory beside its tensors, at worst.
 const LISTS_BYTES: usize = 8 << 20;

@@ -5,28 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::generate_options::{GenerateOptions, StageBOptions, StageCOptions};
-use super::load::{self, ImagePart, Part, TextPart};
-use super::options::{Choice, LogLevel, ModelOptions, Progress, Residency, Sampler};
+use super::defaults;
+use super::generate_options::GenerateOptions;
+use super::geometry::Geometry;
+use super::halves::{Decoder, Halves, Prior, StageBPart};
+use super::load::{ImagePart, Part, TextPart};
+use super::options::{LogLevel, ModelOptions, Progress, Residency, Stage};
 use crate::device::threads::{reporting_with_reserve, run_apart_with_reserve};
 use crate::device::{CancelToken, Device};
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::stages::stage_a::StageA;
 use crate::stages::stage_b::StageB;
-use crate::stages::stage_c::StageC;
 use crate::weights::Weights;
-use crate::weights::config::{ModelIndex, Pipeline};
-
-/// The paper's values, where a model does not recommend its own (sections 3.3 and 4.2).
-const DEFAULT_STAGE_C_STEPS: u32 = 60;
-const DEFAULT_STAGE_C_GUIDANCE: f32 = 4.0;
-const DEFAULT_STAGE_B_STEPS: u32 = 8;
-const DEFAULT_STAGE_B_GUIDANCE: f32 = 2.0;
-const DEFAULT_STAGE_B_TEMPERATURE: (f32, f32) = (0.7, 0.3);
-
-/// How far EfficientNetV2 shrinks a picture, for folders without an image encoder.
-const ENCODER_FACTOR: usize = 32;
 
 /// What the lists of layers and messages about them take in memory beside the weights, at worst.
 const NETWORKS_BYTES: usize = 16 << 20;
@@ -39,12 +29,8 @@ pub struct Model {
 
 pub(super) struct Inner {
     pub device: Device,
-    pub index: ModelIndex,
-    pub text: TextPart,
-    pub stage_a: Part<StageA>,
-    pub stage_b: Part<StageB>,
-    pub stage_c: Part<StageC>,
-    pub image: Option<ImagePart>,
+    pub halves: Halves,
+    pub geometry: Geometry,
     residency: Residency,
     log: Option<(LogLevel, super::LogFn)>,
 }
@@ -52,7 +38,7 @@ pub(super) struct Inner {
 /// What an opened model is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelInfo {
-    /// 1 is the paper's.
+    /// 1 is the paper's; 2 the published weights' (diffusers' layout).
     pub generation: u32,
     /// Weights of Stage A.
     pub stage_a_parameters: u64,
@@ -60,7 +46,7 @@ pub struct ModelInfo {
     pub stage_b_parameters: u64,
     /// Weights of Stage C.
     pub stage_c_parameters: u64,
-    /// Weights of the text tower.
+    /// Weights of the text towers.
     pub text_encoder_parameters: u64,
     /// Weights of the image encoder; 0 if there is none.
     pub image_encoder_parameters: u64,
@@ -83,10 +69,12 @@ pub struct ModelInfo {
 }
 
 impl Model {
-    /// Opens a model folder. Weights are mapped, not read.
+    /// Opens a model folder: v1's own layout, or one or both halves of v2 as diffusers saves them. The options may
+    /// name the folder of the other half. A part that no folder holds is missed only by calls that need it. Weights
+    /// are mapped, not read.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty path;
+    /// `InvalidArgument` for an empty path, or option paths that do not fit the folder;
     /// `Io` and `Format` name the file, the tensor or field, what was expected and what was found;
     /// `Unsupported` for a generation that this version does not run; `OutOfMemory`.
     pub fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
@@ -98,30 +86,14 @@ impl Model {
 
     fn open_here(path: &Path, options: &ModelOptions) -> Result<Self> {
         let started = Instant::now();
-        let index = ModelIndex::read(path)?;
-        if index.pipeline != Pipeline::V1 {
-            let what = format!("generation {} of the model family", index.pipeline.generation());
-            return Err(Error::unsupported(
-                what,
-                "this version runs the paper's model, WuerstchenV1Pipeline",
-            ));
-        }
+        let halves = Halves::open(path, options)?;
         let inner = Inner {
-            stage_a: load::stage_a(&path.join("stage_a"))?,
-            stage_b: load::stage_b(&path.join("stage_b"))?,
-            stage_c: load::stage_c(&path.join("stage_c"))?,
-            // Text to image does without.
-            image: match path.join("image_encoder") {
-                folder if is_absent(&folder) => None,
-                folder => Some(load::image_encoder(&folder)?),
-            },
-            text: load::text(path, &index)?,
+            geometry: Geometry::new(&halves),
+            halves,
             device: Device::cpu(options.threads)?,
-            index,
             residency: options.residency,
             log: options.log.clone(),
         };
-        inner.check_parts_fit(path)?;
         let model = Model { inner: Arc::new(inner) };
         model.log(LogLevel::Info, || {
             let threads = model.inner.device.threads();
@@ -130,22 +102,24 @@ impl Model {
         Ok(model)
     }
 
-    /// What the model is and what it holds.
+    /// What the model is and what it holds. A half that is not there counts nothing.
     pub fn info(&self) -> ModelInfo {
         let inner = &*self.inner;
-        let (width, height) = self.default_size();
-        let (latent_height, latent_width) = self.latent_size(width, height);
+        let Halves { index, prior, decoder, image } = &inner.halves;
+        let (width, height) = inner.geometry.default_size();
+        let (latent_height, latent_width) = inner.geometry.latent_size(width, height);
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let parameters = |weights: Option<&Weights>| weights.map_or(0, Weights::parameters);
         ModelInfo {
-            generation: inner.index.pipeline.generation(),
-            stage_a_parameters: inner.stage_a.weights.parameters(),
-            stage_b_parameters: inner.stage_b.weights.parameters(),
-            stage_c_parameters: inner.stage_c.weights.parameters(),
-            text_encoder_parameters: inner.text.tower.weights.parameters(),
-            image_encoder_parameters: inner.image.as_ref().map_or(0, |i| i.encoder.weights.parameters()),
+            generation: index.pipeline.generation(),
+            stage_a_parameters: parameters(decoder.as_ref().map(|d| &d.stage_a.weights)),
+            stage_b_parameters: parameters(decoder.as_ref().map(|d| d.stage_b.weights())),
+            stage_c_parameters: parameters(prior.as_ref().map(|p| &p.stage_c.weights)),
+            text_encoder_parameters: inner.texts().map(|text| text.tower.weights.parameters()).sum(),
+            image_encoder_parameters: parameters(image.as_ref().map(|i| &i.encoder.weights)),
             default_width: width,
             default_height: height,
-            latent_channels: narrow(inner.stage_c.network.config().latent_channels),
+            latent_channels: narrow(inner.latent_channels()),
             latent_height: narrow(latent_height),
             latent_width: narrow(latent_width),
             bytes_mapped: inner.weights().map(|w| w.bytes_mapped() as u64).sum(),
@@ -193,8 +167,8 @@ impl Model {
 
     /// Starting values for [`GenerateOptions`].
     pub(super) fn default_options(&self) -> GenerateOptions {
-        let recommended = &self.inner.index.defaults;
-        let (width, height) = self.default_size();
+        let (width, height) = self.inner.geometry.default_size();
+        let index = &self.inner.halves.index;
         GenerateOptions {
             model: self.clone(),
             prompts: Vec::new(),
@@ -202,26 +176,9 @@ impl Model {
             width,
             height,
             seed: 0,
-            stage_c: StageCOptions {
-                steps: recommended.stage_c_steps.unwrap_or(DEFAULT_STAGE_C_STEPS),
-                guidance: recommended.stage_c_guidance.unwrap_or(DEFAULT_STAGE_C_GUIDANCE),
-                sampler: match recommended.stage_c_sampler.as_deref() {
-                    Some("ddim") => Sampler::Ddim,
-                    _ => Sampler::Ddpm,
-                },
-                timesteps: None,
-            },
-            stage_b: StageBOptions {
-                steps: recommended.stage_b_steps.unwrap_or(DEFAULT_STAGE_B_STEPS),
-                guidance: recommended.stage_b_guidance.unwrap_or(DEFAULT_STAGE_B_GUIDANCE),
-                temperature: recommended.stage_b_temperature.unwrap_or(DEFAULT_STAGE_B_TEMPERATURE),
-                choice: match recommended.stage_b_choice.as_deref() {
-                    Some("argmax") => Choice::Argmax,
-                    Some("quant") => Choice::Quant,
-                    _ => Choice::Multinomial,
-                },
-            },
-            init_image: None,
+            stage_c: defaults::stage_c(index),
+            stage_b: defaults::stage_b(index),
+            init: None,
             mask: None,
             progress: None,
             preview_every: 0,
@@ -230,7 +187,8 @@ impl Model {
     }
 
     /// # Errors
-    /// `InvalidArgument` if the options were made for another model or have no prompt or lack what they need.
+    /// `InvalidArgument` if the options were made for another model or have no prompt or lack what they need;
+    /// `Unsupported` if they ask for a half that the model does not have.
     pub(super) fn check_options(&self, options: &GenerateOptions) -> Result<()> {
         if !Arc::ptr_eq(&self.inner, &options.model.inner) {
             return Err(Error::argument("options", "options made for this model", "another model's"));
@@ -238,49 +196,67 @@ impl Model {
         if options.prompts.is_empty() {
             return Err(Error::argument("options", "at least one prompt", "none"));
         }
-        if options.mask.is_some() && options.init_image.is_none() {
-            return Err(Error::argument("mask", "an initial image that it masks", "none"));
+        if options.mask.is_some() && options.init.is_none() {
+            return Err(Error::argument("mask", "an initial image or latents that it masks", "none"));
         }
-        Ok(())
+        self.decoder()?;
+        if options.stage_c_times().len() > 1 {
+            self.prior()?;
+        }
+        options.check_init_latents(options.image_count())
     }
 
-    /// Sides of pictures are multiples of this many pixels.
-    pub(super) fn size_multiple(&self) -> u32 {
-        let multiple = self.inner.stage_a.network.config().factor()
-            * self.inner.stage_b.network.config().grid_multiple();
-        u32::try_from(multiple).unwrap_or(u32::MAX)
+    /// Text to latents.
+    ///
+    /// # Errors
+    /// `Unsupported` if no folder holds that half.
+    pub(super) fn prior(&self) -> Result<&Prior> {
+        self.inner.halves.prior.as_ref().ok_or_else(|| {
+            Error::unsupported("Stage C", "the folder holds only the decoder; name a prior by prior_path")
+        })
     }
 
-    /// The model's own size, brought to what the stages divide by.
-    fn default_size(&self) -> (u32, u32) {
-        let multiple = self.size_multiple().max(1);
-        let side = u32::try_from(self.inner.index.image_size).unwrap_or(u32::MAX);
-        let side = (side / multiple).max(1) * multiple;
-        (side, side)
+    /// Latents to pixels.
+    ///
+    /// # Errors
+    /// `Unsupported` if no folder holds that half.
+    pub(super) fn decoder(&self) -> Result<&Decoder> {
+        self.inner.halves.decoder.as_ref().ok_or_else(|| {
+            Error::unsupported("Stage B and A", "the folder holds only the prior; name a decoder by decoder_path")
+        })
     }
 
-    /// The picture that the image encoder sees: height and width in pixels.
-    pub(super) fn encoder_size(&self, width: u32, height: u32) -> (usize, usize) {
-        let ModelIndex { image_size, image_encoder_size, .. } = self.inner.index;
-        // Rounded to the nearest pixel, in integers.
-        let scale = |side: u32| ((side as usize * image_encoder_size + image_size / 2) / image_size).max(1);
-        (scale(height), scale(width))
+    /// Stage B as a predictor of tokens.
+    ///
+    /// # Errors
+    /// `Unsupported` in v2, where it predicts noise, or if no folder holds it.
+    pub(super) fn token_predictor(&self) -> Result<&Part<StageB>> {
+        match &self.decoder()?.stage_b {
+            StageBPart::Tokens(part) => Ok(part),
+            StageBPart::Latents(..) => {
+                let reason = "Stage B of generation 2 predicts noise in Stage A's latents, not tokens";
+                Err(Error::unsupported("a choice of tokens", reason))
+            }
+        }
     }
 
-    /// Height and width of the latents of a picture.
-    pub(super) fn latent_size(&self, width: u32, height: u32) -> (usize, usize) {
-        let (height, width) = self.encoder_size(width, height);
-        let side = |pixels: usize| match &self.inner.image {
-            Some(image) => image.encoder.network.config().latent_side(pixels),
-            None => pixels.div_ceil(ENCODER_FACTOR),
-        };
-        (side(height), side(width))
+    /// The text tower that a stage reads.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for Stage A, which reads none; `Unsupported` if no folder holds the stage.
+    pub(super) fn text_of(&self, stage: Stage) -> Result<&TextPart> {
+        match stage {
+            Stage::C => Ok(&self.prior()?.text),
+            Stage::B => Ok(&self.decoder()?.text),
+            Stage::A => Err(Error::argument("stage", "stage B or C, which read text", "stage A")),
+        }
     }
 
     /// # Errors
     /// `Unsupported` if the folder has no image encoder.
     pub(super) fn image_encoder(&self) -> Result<&ImagePart> {
         self.inner
+            .halves
             .image
             .as_ref()
             .ok_or_else(|| Error::unsupported("a picture as input", "the model folder has no image_encoder"))
@@ -303,39 +279,27 @@ impl Model {
     }
 }
 
-/// Whether there is nothing of this name. What is there but cannot be reached, as a link to nowhere, is not absent.
-fn is_absent(path: &Path) -> bool {
-    std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
-}
-
 impl Inner {
-    fn weights(&self) -> impl Iterator<Item = &Weights> {
-        let stages = [&self.stage_a.weights, &self.stage_b.weights, &self.stage_c.weights];
-        let image = self.image.as_ref().map(|i| &i.encoder.weights);
-        stages.into_iter().chain([&self.text.tower.weights]).chain(image)
+    /// Both text towers, or the one that both stages share.
+    fn texts(&self) -> impl Iterator<Item = &TextPart> {
+        let prior = self.halves.prior.as_ref().map(|prior| &prior.text);
+        let decoder = self.halves.decoder.as_ref().map(|decoder| &decoder.text);
+        let shared = prior.zip(decoder).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
+        prior.into_iter().chain(decoder.filter(|_| !shared)).map(|text| &**text)
     }
 
-    /// # Errors
-    /// `Format` if the sizes of one part contradict another's.
-    fn check_parts_fit(&self, path: &Path) -> Result<()> {
-        let (a, b) = (self.stage_a.network.config(), self.stage_b.network.config());
-        let (c, text) = (self.stage_c.network.config(), self.text.tower.network.config());
-        let mut pairs = vec![
-            ("stage_b: num_labels", b.codebook_size, "stage_a: codebook_size", a.codebook_size),
-            ("stage_b: effnet_embd", b.latent_channels, "stage_c: c_in", c.latent_channels),
-            ("stage_b: byt5_embd", b.text_width, "text_encoder: hidden_size", text.width),
-            ("stage_c: c_cond", c.text_width, "text_encoder: hidden_size", text.width),
-        ];
-        if let Some(image) = &self.image {
-            let latent = image.encoder.network.config().latent_channels;
-            pairs.push(("stage_c: c_in", c.latent_channels, "image_encoder: c_latent", latent));
-        }
-        for (name, value, other, expected) in pairs {
-            if value != expected {
-                let place = format!("{}: {name}", path.display());
-                return Err(Error::format(place, format!("{expected}, as {other} says"), value));
-            }
-        }
-        Ok(())
+    fn weights(&self) -> impl Iterator<Item = &Weights> {
+        let Halves { prior, decoder, image, .. } = &self.halves;
+        let prior = prior.iter().map(|prior| &prior.stage_c.weights);
+        let decoder = decoder.iter().flat_map(|d| [d.stage_b.weights(), &d.stage_a.weights]);
+        let image = image.iter().map(|image| &image.encoder.weights);
+        prior.chain(decoder).chain(image).chain(self.texts().map(|text| &text.tower.weights))
+    }
+
+    /// Channels of the latents between Stage C and Stage B.
+    pub fn latent_channels(&self) -> usize {
+        let Halves { prior, decoder, .. } = &self.halves;
+        let of_prior = prior.as_ref().map(|p| p.stage_c.network.config().latent_channels);
+        of_prior.or_else(|| decoder.as_ref().map(|d| d.stage_b.latent_channels())).unwrap_or(0)
     }
 }

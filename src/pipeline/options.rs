@@ -1,5 +1,6 @@
 //! What a caller may choose: opaque options, validated when they are set.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use crate::diffusion::latents::Sampler;
@@ -13,7 +14,7 @@ use crate::tensor::DType;
 pub enum Stage {
     /// The VQGAN: tokens to pixels (section 3.1).
     A,
-    /// The token predictor: latents to tokens (section 3.1).
+    /// The decoder of latents, to tokens (section 3.1) or, in v2, to Stage A's latents.
     B,
     /// The text-conditional diffusion model: noise to latents (section 3.2).
     C,
@@ -70,11 +71,19 @@ pub struct ModelOptions {
     pub(super) threads: usize,
     pub(super) residency: Residency,
     pub(super) log: Option<(LogLevel, LogFn)>,
+    pub(super) prior_path: Option<PathBuf>,
+    pub(super) decoder_path: Option<PathBuf>,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        ModelOptions { threads: 0, residency: Residency::Auto, log: None }
+        ModelOptions {
+            threads: 0,
+            residency: Residency::Auto,
+            log: None,
+            prior_path: None,
+            decoder_path: None,
+        }
     }
 }
 
@@ -138,8 +147,27 @@ impl ModelOptions {
         self.log = log.map(|log| (level, log));
     }
 
+    /// The folder of v2's text-to-latents half, where the folder that is opened does not hold it or another one
+    /// is wanted; an empty path for none.
+    ///
+    /// # Errors
+    /// None here: the folder is looked at when the model is opened.
+    pub fn set_prior_path(&mut self, path: impl Into<PathBuf>) -> Result<()> {
+        self.prior_path = Some(path.into()).filter(|path| !path.as_os_str().is_empty());
+        Ok(())
+    }
+
+    /// The folder of v2's latents-to-pixels half, in the same way.
+    ///
+    /// # Errors
+    /// None here.
+    pub fn set_decoder_path(&mut self, path: impl Into<PathBuf>) -> Result<()> {
+        self.decoder_path = Some(path.into()).filter(|path| !path.as_os_str().is_empty());
+        Ok(())
+    }
+
     /// Any of the above by name, for configuration files: `device`, `threads`, `compute_dtype` (`f32`),
-    /// `residency` (`auto`, `all`, `stage`).
+    /// `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`.
     ///
     /// # Errors
     /// `InvalidArgument` for an unknown key or a value that does not parse; what the named setter returns.
@@ -159,8 +187,10 @@ impl ModelOptions {
                 "stage" => Residency::Stage,
                 _ => return Err(Error::argument(key, "auto, all or stage", format!("{value:?}"))),
             }),
+            "prior_path" => self.set_prior_path(value),
+            "decoder_path" => self.set_decoder_path(value),
             _ => {
-                let keys = "one of device, threads, compute_dtype, residency";
+                let keys = "one of device, threads, compute_dtype, residency, prior_path, decoder_path";
                 Err(Error::argument("model option", keys, format!("{key:?}")))
             }
         }

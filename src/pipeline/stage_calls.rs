@@ -4,11 +4,11 @@
 use std::time::Instant;
 
 use super::generate_options::GenerateOptions;
-use super::guided::Texts;
 use super::model::Model;
 use super::options::{Progress, Stage};
-use super::sampling::{LatentWalk, TokenWalk};
-
+use super::halves::StageBPart;
+use super::load::{Part, TextPart};
+use super::walks::{StageBWalk, StageCWalk, Texts, check_finite};
 use crate::device::Context;
 use crate::device::threads::run_apart_with_reserve;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
@@ -31,53 +31,35 @@ impl Model {
         run_apart_with_reserve("a call of a stage", super::LISTS_BYTES, || work()?.detached())
     }
 
-    /// Token ids of a text, padded to the model's length. The paper's stages share one tokenizer.
+    /// Token ids of a text as a stage sees it, padded to the model's length. The paper's stages share one tokenizer.
     ///
     /// # Shapes
     /// -> `I64 [T]`
     ///
     /// # Errors
-    /// `InvalidArgument` for text that the tokenizer cannot split.
+    /// `InvalidArgument` for a stage without text, or text that the tokenizer cannot split; `Unsupported` for a
+    /// stage that the model lacks.
     pub fn tokenize(&self, stage: Stage, text: &str) -> Result<Tensor> {
-        check_reads_text(stage)?;
-        self.apart(|| {
-            let text_part = &self.inner.text;
-            let ids = text_part.tokenizer.encode(text, text_part.length)?;
-            Tensor::from_slice(&[ids.ids.len()], &ids.ids)
-        })
+        let part = self.text_of(stage)?;
+        self.apart(|| part.tokenize(text))
     }
 
-    /// The conditioning of texts: one vector per position, padding included.
+    /// The conditioning of texts for a stage: one vector per position, padding included.
     ///
     /// # Shapes
     /// -> `[N, T, width]`
     ///
     /// # Errors
-    /// `InvalidArgument` for no texts, or one that the tokenizer cannot split; `OutOfMemory`.
+    /// As [`Model::tokenize`]; `InvalidArgument` for no texts; `OutOfMemory`.
     pub fn encode_text(&self, stage: Stage, texts: &[&str]) -> Result<Tensor> {
-        check_reads_text(stage)?;
+        let part = self.text_of(stage)?;
         if texts.is_empty() {
             return Err(Error::argument("texts", "at least one", 0));
         }
-        self.apart(|| self.embed_texts(&self.context(), texts))
+        self.apart(|| part.embed(&self.context(), texts))
     }
 
-    pub(super) fn embed_texts(&self, cx: &Context, texts: &[&str]) -> Result<Tensor> {
-        let part = &self.inner.text;
-        let mut ids = Tensor::new(cx, "token ids", &[texts.len(), part.length], DType::I64)?;
-        let mut lengths = Vec::with_capacity(texts.len());
-        for (row, text) in ids.slice_mut::<i64>()?.chunks_exact_mut(part.length).zip(texts) {
-            let encoded = part.tokenizer.encode(text, part.length)?;
-            row.copy_from_slice(&encoded.ids);
-            lengths.push(encoded.tokens_used);
-        }
-        let lengths = part.mask_padding.then_some(lengths.as_slice());
-        let hidden = part.tower.network.forward(cx, &ids, lengths)?;
-        super::sampling::check_finite(&hidden, "text encoder", &part.tower.weights)?;
-        Ok(hidden)
-    }
-
-    /// Latents of pictures, which must have one size.
+    /// Latents of pictures, which must have one size, as Stage B takes them.
     ///
     /// # Shapes
     /// -> `[N, h, w, latent_channels]`
@@ -91,11 +73,14 @@ impl Model {
     pub(super) fn encode_pictures(&self, cx: &Context, images: &[&Image]) -> Result<Tensor> {
         let part = self.image_encoder()?;
         let (width, height) = common_size(images)?;
-        let (height, width) = self.encoder_size(width, height);
+        let (height, width) = self.inner.geometry.encoder_size(width, height);
         let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
         let pixels = preprocess(cx, &images, [height, width], Fit::Stretch, &part.normalisation)?;
-        let latents = part.encoder.network.forward(cx, &pixels)?;
-        super::sampling::check_finite(&latents, "image encoder", &part.encoder.weights)?;
+        let mut latents = part.encoder.network.forward(cx, &pixels)?;
+        check_finite(&latents, "image encoder", &part.encoder.weights)?;
+        if let Some(prior) = &self.inner.halves.prior {
+            prior.scaling.apply(latents.slice_mut()?);
+        }
         Ok(latents)
     }
 
@@ -108,11 +93,11 @@ impl Model {
     /// `InvalidArgument` for no pictures, different sizes, or sides that do not divide by f.
     pub fn stage_a_encode(&self, images: &[&Image]) -> Result<Tensor> {
         common_size(images)?;
+        let Part { network, weights } = &self.decoder()?.stage_a;
         self.apart(|| {
             let cx = self.context();
-            let network = &self.inner.stage_a.network;
             let encoded = network.encode(&cx, &to_pixels(&cx, images)?)?;
-            super::sampling::check_finite(&encoded, "Stage A", &self.inner.stage_a.weights)?;
+            check_finite(&encoded, "Stage A", weights)?;
             network.quantize(&cx, &encoded)
         })
     }
@@ -126,51 +111,70 @@ impl Model {
     /// # Errors
     /// `InvalidArgument` for other shapes or tokens that are not in the codebook.
     pub fn stage_a_decode(&self, tokens_or_latents: &Tensor) -> Result<Tensor> {
-        let network = &self.inner.stage_a.network;
-        let config = network.config();
+        let decoder = self.decoder()?;
         match tokens_or_latents.dtype() {
             DType::I64 => {
                 tokens_or_latents.dims_of::<3>("tokens")?;
             }
-            _ => expect_channels("latents", tokens_or_latents, config.latent_channels)?,
+            _ => {
+                let channels = decoder.stage_a.network.config().latent_channels;
+                expect_channels("latents", tokens_or_latents, channels)?;
+            }
         }
-        self.apart(|| match tokens_or_latents.dtype() {
-            DType::I64 => network.decode_tokens(&self.context(), tokens_or_latents),
-            _ => network.decode_latents(&self.context(), tokens_or_latents),
-        })
+        self.apart(|| decoder.pixels(&self.context(), tokens_or_latents))
     }
 
-    /// Stage B once: logits of every token.
+    /// Stage B once: logits of every token (v1), or the noise in Stage A's latents (v2).
     ///
     /// # Shapes
-    /// x `I64 [N, H, W]`, t `[N]`, latents `[N, h, w, C]`, text `[N, T, width]` -> `[N, H, W, codebook_size]`
+    /// v1: x `I64 [N, H, W]` -> `[N, H, W, codebook_size]`; v2: x `F32 [N, H, W, 4]` -> `[N, H, W, 4]`.
+    /// t `[N]`, latents `[N, h, w, C]`, text `[N, T, width]`
     ///
     /// # Errors
-    /// `InvalidArgument` for shapes that do not fit.
+    /// `InvalidArgument` for shapes that do not fit; `Unsupported` without Stage B.
     pub fn stage_b_predict(&self, x: &Tensor, t: &Tensor, latents: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let network = &self.inner.stage_b.network;
-        let [n, _, _] = x.dims_of("x")?;
+        let decoder = self.decoder()?;
+        let n = x.dims().first().copied().unwrap_or(0);
         expect_batch("latents", latents, n)?;
-        expect_channels("latents", latents, network.config().latent_channels)?;
-        self.check_text("text", text, n)?;
+        expect_channels("latents", latents, decoder.stage_b.latent_channels())?;
+        check_text(&decoder.text, "text", text, n)?;
         let times = check_times(t, n)?;
-        self.apart(|| {
-            let cx = self.context();
-            let modulations = network.modulations(&cx, times)?;
-            let attended = [network.attend_to_latents(&cx, latents)?, network.attend_to_text(&cx, text)?];
-            let conditioning = Conditioning { modulations: &modulations, attended: &attended };
-            network.logits(&cx, &network.features(&cx, x, conditioning)?)
-        })
+        match &decoder.stage_b {
+            StageBPart::Tokens(Part { network, .. }) => {
+                x.dims_of::<3>("x")?;
+                self.apart(|| {
+                    let cx = self.context();
+                    let modulations = network.modulations(&cx, times)?;
+                    let attended =
+                        [network.attend_to_latents(&cx, latents)?, network.attend_to_text(&cx, text)?];
+                    let conditioning = Conditioning { modulations: &modulations, attended: &attended };
+                    network.logits(&cx, &network.features(&cx, x, conditioning)?)
+                })
+            }
+            StageBPart::Latents(Part { network, .. }, _) => {
+                expect_channels("x", x, network.config().latent_channels)?;
+                let [_, h, w, _] = x.dims_of("x")?;
+                self.apart(|| {
+                    let cx = self.context();
+                    let modulations = network.modulations(&cx, times)?;
+                    let attended = [network.attend_to_text(&cx, text)?];
+                    let injected = network.inject(&cx, latents, (h, w))?;
+                    let conditioning = Conditioning { modulations: &modulations, attended: &attended };
+                    network.forward(&cx, x, conditioning, &injected)
+                })
+            }
+        }
     }
 
-    /// Stage B's walk with the steps, guidance, seed and size of `options`. Without a negative text it is
-    /// guided away from the empty prompt.
+    /// Stage B's walk with the steps, guidance and seed of `options`. Without a negative text it is guided away from
+    /// the empty prompt. The size of the result follows the options in v1, the latents in v2.
     ///
     /// # Shapes
-    /// latents `[N, h, w, C]`, text `[N, T, width]`, negative_text `[N or 1, T, width]` -> `I64 [N, H, W]`
+    /// latents `[N, h, w, C]`, text `[N, T, width]`, negative_text `[N or 1, T, width]` -> tokens `I64 [N, H, W]`
+    /// (v1) or Stage A's latents `[N, H, W, 4]` (v2)
     ///
     /// # Errors
-    /// `InvalidArgument` for shapes that do not fit; `Cancelled`.
+    /// `InvalidArgument` for shapes that do not fit; `Unsupported` without Stage B; `Cancelled`.
     pub fn stage_b_sample(
         &self,
         latents: &Tensor,
@@ -194,14 +198,14 @@ impl Model {
         options: &GenerateOptions,
         noise: &mut (dyn NoiseSource + Send),
     ) -> Result<Tensor> {
-        let network = &self.inner.stage_b.network;
-        let [n, _, _, _] = latents.dims_of("latents")?;
-        expect_channels("latents", latents, network.config().latent_channels)?;
+        let decoder = self.decoder()?;
+        let [n, h, w, _] = latents.dims_of("latents")?;
+        expect_channels("latents", latents, decoder.stage_b.latent_channels())?;
         let started = Instant::now();
         self.apart_with_progress(options, |cancel, report| {
             let cx = self.context_of(options).cancelled_by(cancel);
-            let walk = TokenWalk::new(self, options, &cx)?;
-            let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
+            let walk = StageBWalk::new(self, options, &cx, (h, w))?;
+            let texts = texts_of_call(&decoder.text, &cx, text, negative_text, n, walk.is_guided())?;
             walk.run(latents, &texts, noise, &mut |done, _| {
                 report(&progress(Stage::B, done, walk.steps(), started));
                 Ok(())
@@ -218,10 +222,11 @@ impl Model {
     /// # Errors
     /// `InvalidArgument` for shapes that do not fit.
     pub fn stage_c_predict(&self, x: &Tensor, t: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let network = &self.inner.stage_c.network;
+        let prior = self.prior()?;
+        let network = &prior.stage_c.network;
         let [n, _, _, _] = x.dims_of("x")?;
         expect_channels("x", x, network.config().latent_channels)?;
-        self.check_text("text", text, n)?;
+        check_text(&prior.text, "text", text, n)?;
         let times = check_times(t, n)?;
         self.apart(|| {
             let cx = self.context();
@@ -232,7 +237,8 @@ impl Model {
     }
 
     /// Stage C's walk with the steps, guidance, sampler and seed of `options`, from `initial_noise` or from
-    /// the seed at the options' size. Without a negative text it is guided away from the empty prompt.
+    /// the seed at the options' size. Without a negative text it is guided away from the empty prompt. The result is
+    /// what Stage B takes: in v2, 42 times Stage C's own latents, less 1.
     ///
     /// # Shapes
     /// text `[N, T, width]`, negative_text `[N or 1, T, width]`, initial_noise `[N, h, w, C]` -> `[N, h, w, C]`
@@ -262,69 +268,66 @@ impl Model {
         options: &GenerateOptions,
         noise: &mut (dyn NoiseSource + Send),
     ) -> Result<Tensor> {
+        let prior = self.prior()?;
+        let channels = prior.stage_c.network.config().latent_channels;
         let [n, _, _] = text.dims_of("text")?;
-        let mut grid = self.latent_size(options.width, options.height);
+        let mut grid = self.inner.geometry.latent_size(options.width, options.height);
         if let Some(noise) = initial_noise {
             let [_, h, w, _] = noise.dims_of("initial_noise")?;
             expect_batch("initial_noise", noise, n)?;
-            expect_channels("initial_noise", noise, self.inner.stage_c.network.config().latent_channels)?;
+            expect_channels("initial_noise", noise, channels)?;
             grid = (h, w);
         }
+        options.check_init_latents(n)?;
         let started = Instant::now();
         self.apart_with_progress(options, |cancel, report| {
             let cx = self.context_of(options).cancelled_by(cancel);
-            let walk = LatentWalk::new(self, options, &cx, grid)?;
-            let texts = self.texts_of_call(&cx, text, negative_text, n, walk.is_guided())?;
+            let walk = StageCWalk::new(self, options, &cx, grid)?;
+            let texts = texts_of_call(&prior.text, &cx, text, negative_text, n, walk.is_guided())?;
             let start =
                 initial_noise.map(|x| Tensor::from_parts(&cx, "latents", x.dims(), &[x])).transpose()?;
-            let latents = walk.run(&texts, noise, start, &mut |step| {
+            let latents = walk.run(0..n, &texts, noise, start, &mut |step| {
                 report(&progress(Stage::C, step.done, walk.steps(), started));
                 Ok(())
             })?;
-            super::sampling::check_finite(&latents, "Stage C", &self.inner.stage_c.weights)?;
+            check_finite(&latents, "Stage C", &prior.stage_c.weights)?;
             latents.detached()
         })
     }
-
-    fn texts_of_call(
-        &self,
-        cx: &Context,
-        text: &Tensor,
-        negative: Option<&Tensor>,
-        n: usize,
-        guided: bool,
-    ) -> Result<Texts> {
-        self.check_text("text", text, n)?;
-        let unconditional = match (guided, negative) {
-            (false, _) => None,
-            (true, None) => Some((self.embed_texts(cx, &[""])?, vec![0; n])),
-            (true, Some(negative)) => {
-                let [entries, _, _] = negative.dims_of("negative_text")?;
-                let index = if entries == 1 { vec![0; n] } else { (0..n).collect() };
-                self.check_text("negative_text", negative, index.last().map_or(0, |last| last + 1))?;
-                Some((negative.clone(), index))
-            }
-        };
-        Ok(Texts { conditional: text.clone(), index: (0..n).collect(), unconditional })
-    }
-
-    fn check_text(&self, name: &str, text: &Tensor, n: usize) -> Result<()> {
-        let [entries, length, width] = text.dims_of(name)?;
-        let expected = self.inner.text.tower.network.config().width;
-        if entries != n || n == 0 || length == 0 || width != expected || text.dtype() != DType::F32 {
-            let found = format!("{} of {}", text.shape(), text.dtype());
-            let expected = format!("[{}, tokens, {expected}] of F32", n.max(1));
-            return Err(Error::argument(name, expected, found));
-        }
-        Ok(())
-    }
 }
 
-fn check_reads_text(stage: Stage) -> Result<()> {
-    match stage {
-        Stage::B | Stage::C => Ok(()),
-        Stage::A => Err(Error::argument("stage", "stage B or C, which read text", "stage A")),
+/// The texts of a stage-level call. Without a negative one, guidance leads away from the empty prompt.
+fn texts_of_call(
+    part: &TextPart,
+    cx: &Context,
+    text: &Tensor,
+    negative: Option<&Tensor>,
+    n: usize,
+    guided: bool,
+) -> Result<Texts> {
+    check_text(part, "text", text, n)?;
+    let unconditional = match (guided, negative) {
+        (false, _) => None,
+        (true, None) => Some((part.embed(cx, &[""])?, vec![0; n])),
+        (true, Some(negative)) => {
+            let [entries, _, _] = negative.dims_of("negative_text")?;
+            let index = if entries == 1 { vec![0; n] } else { (0..n).collect() };
+            check_text(part, "negative_text", negative, index.last().map_or(0, |last| last + 1))?;
+            Some((negative.clone(), index))
+        }
+    };
+    Ok(Texts { conditional: text.clone(), index: (0..n).collect(), unconditional })
+}
+
+fn check_text(part: &TextPart, name: &str, text: &Tensor, n: usize) -> Result<()> {
+    let [entries, length, width] = text.dims_of(name)?;
+    let expected = part.tower.network.config().width;
+    if entries != n || n == 0 || length == 0 || width != expected || text.dtype() != DType::F32 {
+        let found = format!("{} of {}", text.shape(), text.dtype());
+        let expected = format!("[{}, tokens, {expected}] of F32", n.max(1));
+        return Err(Error::argument(name, expected, found));
     }
+    Ok(())
 }
 
 fn check_times(t: &Tensor, n: usize) -> Result<&[f32]> {

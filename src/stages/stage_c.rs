@@ -1,7 +1,8 @@
 //! Stage C: the text-conditional diffusion model in the 42x compressed latent space (paper, section 3.2).
 
 use super::blocks::{
-    Attended, AttnConfig, Blocks, Conditioning, Invariants, Modulations, RunConfig, attend, channel_norm,
+    Attended, AttnConfig, Blocks, Conditioning, Invariants, Joined, Joining, Modulations, RunConfig, attend,
+    channel_norm,
 };
 use crate::device::Context;
 use crate::error::Result;
@@ -59,6 +60,7 @@ impl StageC {
             },
             time_width: config.time_width,
             kernel: 3,
+            joining: Joining::BeforeConvolution,
             skip_channels: 0,
             first: 0,
         };
@@ -109,7 +111,7 @@ impl StageC {
     /// `InvalidArgument` for other shapes; `OutOfMemory`; `Cancelled`.
     pub fn forward(&self, cx: &Context, x: &Tensor, conditioning: Conditioning) -> Result<Tensor> {
         let hidden = self.input.forward(cx, x)?;
-        let hidden = self.blocks.forward(cx, hidden, None, conditioning)?;
+        let hidden = self.blocks.forward(cx, hidden, Joined::default(), conditioning)?;
         let head = self.output.forward(cx, &channel_norm(cx, &hidden)?)?;
         noise_from_head(cx, x, &head)
     }

@@ -7,7 +7,8 @@ pub mod config;
 mod file;
 mod names;
 pub mod v1;
+pub mod v2;
 
 pub use archive::{STEMS, Weights};
 pub use file::WeightFile;
-pub use names::Renamed;
+pub use names::{Key, Renamed};

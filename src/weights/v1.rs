@@ -3,8 +3,10 @@
 //! Layers ask for structural names (`blocks.0.expand.weight`); each function here turns those of one part into
 //! keys (`blocks.0.channelwise.0.weight`).
 
+use super::names::Key;
+
 /// Replaces parts of a dotted name: `(ours, theirs)`, each whole parts.
-type Parts = &'static [(&'static str, &'static str)];
+pub(super) type Parts = &'static [(&'static str, &'static str)];
 
 /// The blocks that Stage B and C share.
 const SHARED_BLOCKS: Parts = &[
@@ -12,13 +14,22 @@ const SHARED_BLOCKS: Parts = &[
     ("response", "channelwise.2"),
     ("project", "channelwise.4"),
     ("condition_mapper", "kv_mapper.1"),
-    ("query_key_value.weight", "attention.attn.in_proj_weight"),
-    ("query_key_value.bias", "attention.attn.in_proj_bias"),
     ("output", "attention.attn.out_proj"),
 ];
 
+/// The projections that PyTorch's attention keeps in one tensor, in their order there.
+const PACKED: [&str; 3] = ["query", "key", "value"];
+
+/// The layers of Stage C around its blocks.
+pub(super) const STAGE_C_TOP: Parts = &[
+    ("input", "projection"),
+    ("text.in", "cond_mapper.0"),
+    ("text.out", "cond_mapper.2"),
+    ("output", "out.1"),
+];
+
 /// Replaces each of `parts` where it stands between dots.
-fn rename(name: &str, parts: Parts) -> String {
+pub(super) fn rename(name: &str, parts: Parts) -> String {
     let mut dotted = format!(".{name}.");
     for (ours, theirs) in parts {
         dotted = dotted.replace(&format!(".{ours}."), &format!(".{theirs}."));
@@ -26,23 +37,43 @@ fn rename(name: &str, parts: Parts) -> String {
     dotted.trim_matches('.').to_owned()
 }
 
-/// Stage C, the authors' `Prior`.
-pub fn stage_c(name: &str) -> String {
-    if name.starts_with("blocks.") {
-        return rename(name, SHARED_BLOCKS);
+/// The key of a weight of Stage B's or C's blocks.
+fn block(name: &str) -> Key {
+    let mut from_leaf = name.rsplitn(3, '.');
+    if let (Some(leaf), Some(layer), Some(block)) = (from_leaf.next(), from_leaf.next(), from_leaf.next())
+        && let Some(part) = PACKED.iter().position(|&packed| packed == layer)
+    {
+        let part = Some((part, PACKED.len()));
+        return Key { name: format!("{block}.attention.attn.in_proj_{leaf}"), part };
     }
-    const TOP: Parts = &[
-        ("input", "projection"),
-        ("text.in", "cond_mapper.0"),
-        ("text.out", "cond_mapper.2"),
-        ("output", "out.1"),
-    ];
-    rename(name, TOP)
+    rename(name, SHARED_BLOCKS).into()
+}
+
+/// Stage C, the authors' `Prior`.
+pub fn stage_c(name: &str) -> Key {
+    if name.starts_with("blocks.") { block(name) } else { rename(name, STAGE_C_TOP).into() }
 }
 
 /// Stage B, the authors' `Paella`. `blocks_per_up_level` counts the blocks of each level on the way up: the
 /// layer that grows the grid is numbered after them.
-pub fn stage_b(name: &str, blocks_per_up_level: &[usize]) -> String {
+pub fn stage_b(name: &str, blocks_per_up_level: &[usize]) -> Key {
+    const TOP: Parts = &[
+        ("tokens", "in_mapper.0"),
+        ("input", "embedding.1"),
+        ("latents", "effnet_mapper"),
+        ("text", "byt5_mapper"),
+        ("features", "clf.1"),
+        ("logits", "out_mapper.1"),
+    ];
+    match unet_level(name, blocks_per_up_level) {
+        Some(name) => block(&name),
+        None => rename(name, TOP).into(),
+    }
+}
+
+/// The name of a weight within a U-Net's levels as checkpoints number them, its block's own names as they were;
+/// nothing for a weight outside the levels.
+pub(super) fn unet_level(name: &str, blocks_per_up_level: &[usize]) -> Option<String> {
     let parts: Vec<&str> = name.splitn(3, '.').collect();
     match parts[..] {
         ["down", level, rest] => {
@@ -52,7 +83,7 @@ pub fn stage_b(name: &str, blocks_per_up_level: &[usize]) -> String {
                 None if level == "0" => rest.to_owned(),
                 None => increment_first(rest),
             };
-            rename(&format!("down_blocks.{level}.{rest}"), SHARED_BLOCKS)
+            Some(format!("down_blocks.{level}.{rest}"))
         }
         ["up", level, rest] => {
             let count = level.parse().ok().and_then(|l: usize| blocks_per_up_level.get(l)).copied();
@@ -60,19 +91,9 @@ pub fn stage_b(name: &str, blocks_per_up_level: &[usize]) -> String {
                 (Some(leaf), Some(count)) => format!("{count}.1.{leaf}"),
                 _ => rest.to_owned(),
             };
-            rename(&format!("up_blocks.{level}.{rest}"), SHARED_BLOCKS)
+            Some(format!("up_blocks.{level}.{rest}"))
         }
-        _ => {
-            const TOP: Parts = &[
-                ("tokens", "in_mapper.0"),
-                ("input", "embedding.1"),
-                ("latents", "effnet_mapper"),
-                ("text", "byt5_mapper"),
-                ("features", "clf.1"),
-                ("logits", "out_mapper.1"),
-            ];
-            rename(name, TOP)
-        }
+        _ => None,
     }
 }
 
@@ -175,11 +196,14 @@ mod tests {
 
     #[test]
     fn names_follow_the_checkpoints() {
-        assert_eq!(stage_c("blocks.2.query_key_value.bias"), "blocks.2.attention.attn.in_proj_bias");
-        assert_eq!(stage_c("output.weight"), "out.1.weight");
-        assert_eq!(stage_b("down.1.0.depthwise.weight", &[]), "down_blocks.1.1.depthwise.weight");
-        assert_eq!(stage_b("down.0.1.mapper.bias", &[]), "down_blocks.0.1.mapper.bias");
-        assert_eq!(stage_b("up.0.resample.weight", &[6]), "up_blocks.0.6.1.weight");
+        let packed = Key { name: "blocks.2.attention.attn.in_proj_bias".into(), part: Some((1, 3)) };
+        assert_eq!(stage_c("blocks.2.key.bias"), packed);
+        assert_eq!(stage_c("blocks.2.output.bias").name, "blocks.2.attention.attn.out_proj.bias");
+        assert_eq!(stage_c("output.weight"), Key::from("out.1.weight".to_owned()));
+        assert_eq!(stage_b("down.1.0.depthwise.weight", &[]).name, "down_blocks.1.1.depthwise.weight");
+        assert_eq!(stage_b("down.0.1.mapper.bias", &[]).name, "down_blocks.0.1.mapper.bias");
+        assert_eq!(stage_b("up.0.resample.weight", &[6]).name, "up_blocks.0.6.1.weight");
+        assert_eq!(stage_b("up.1.2.query.weight", &[6]).name, "up_blocks.1.2.attention.attn.in_proj_weight");
         assert_eq!(stage_a("decoder.0.depthwise.bias", 2), "up_blocks.1.depthwise.1.bias");
         assert_eq!(stage_a("encoder.out.norm.running_var", 2), "down_blocks.3.1.running_var");
         assert_eq!(text_encoder("layers.0.attention.key.weight"), "encoder.layers.0.self_attn.k_proj.weight");

@@ -76,6 +76,14 @@ impl Fields<'_> {
         self.count(name, None, range).map(Some)
     }
 
+    /// Checks a whole number that the networks have no choice of.
+    pub(super) fn expect_count(&self, name: &str, value: usize) -> Result<()> {
+        match self.count(name, Some(value), value..=value) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(self.error(name, value.to_string())),
+        }
+    }
+
     /// A number in a range.
     pub(super) fn number(&self, name: &str, default: f64, range: RangeInclusive<f64>) -> Result<f64> {
         self.optional_number(name, range).map(|value| value.unwrap_or(default))

@@ -20,6 +20,13 @@ const GUIDANCE_MAX: f64 = 1000.0;
 /// The longest prompt in tokens.
 const TEXT_LENGTH_MAX: usize = 65_536;
 
+/// The most pixels or latents that one latent stands for, per side.
+const SCALE_MAX: f64 = 1024.0;
+
+/// The side of the pictures that the generations were trained on, where the file does not say.
+const V1_SIDE_PX: usize = 512;
+const LATER_SIDE_PX: usize = 1024;
+
 /// What a folder holds, by its `_class_name`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pipeline {
@@ -79,6 +86,41 @@ pub struct GenerationDefaults {
     pub stage_b_choice: Option<String>,
 }
 
+/// How v2's pipelines go from pixels to latents and between the two kinds of latents. The defaults are the
+/// published models'; other generations have them too, unused.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct V2Settings {
+    /// The decoder's image embedding is Stage C's latents times this …
+    pub latent_mean: f32,
+    /// … less this.
+    pub latent_std: f32,
+    /// Pixels per latent of Stage C and side, rounded up.
+    pub resolution_multiple: f64,
+    /// Latents of Stage A per latent of Stage C and side, rounded down.
+    pub latent_dim_scale: f64,
+}
+
+impl Default for V2Settings {
+    fn default() -> Self {
+        V2Settings { latent_mean: 42.0, latent_std: 1.0, resolution_multiple: 42.67, latent_dim_scale: 10.67 }
+    }
+}
+
+impl V2Settings {
+    fn from_fields(fields: &Fields) -> Result<Self> {
+        let default = V2Settings::default();
+        let number =
+            |name, default: f32, range| Ok::<_, Error>(fields.number(name, default.into(), range)? as f32);
+        let scale = |name, default| fields.number(name, default, 1.0..=SCALE_MAX);
+        Ok(V2Settings {
+            latent_mean: number("latent_mean", default.latent_mean, 1e-6..=1e6)?,
+            latent_std: number("latent_std", default.latent_std, -1e6..=1e6)?,
+            resolution_multiple: scale("resolution_multiple", default.resolution_multiple)?,
+            latent_dim_scale: scale("latent_dim_scale", default.latent_dim_scale)?,
+        })
+    }
+}
+
 /// The content of `model_index.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelIndex {
@@ -94,6 +136,8 @@ pub struct ModelIndex {
     pub text_attention_mask: bool,
     /// Recommended settings.
     pub defaults: GenerationDefaults,
+    /// What only v2 has.
+    pub v2: V2Settings,
 }
 
 impl ModelIndex {
@@ -117,9 +161,10 @@ impl ModelIndex {
             let what = format!("{}: format_version {version}", folder.join(Self::FILE).display());
             return Err(Error::unsupported(what, format!("this library reads version {FORMAT_VERSION}")));
         }
+        let side = if pipeline == Pipeline::V1 { V1_SIDE_PX } else { LATER_SIDE_PX };
         Ok(ModelIndex {
             pipeline,
-            image_size: fields.count("image_size", Some(512), 1..=SIDE_MAX_PX)?,
+            image_size: fields.count("image_size", Some(side), 1..=SIDE_MAX_PX)?,
             image_encoder_size: fields.count("image_encoder_size", Some(384), 1..=SIDE_MAX_PX)?,
             // Two tokens are the marks at the beginning and the end.
             text_length: fields.optional_count("text_length", 2..=TEXT_LENGTH_MAX)?,
@@ -127,6 +172,10 @@ impl ModelIndex {
             defaults: match fields.object("defaults")? {
                 Some(fields) => GenerationDefaults::from_fields(&fields)?,
                 None => GenerationDefaults::default(),
+            },
+            v2: match pipeline.generation() {
+                2 => V2Settings::from_fields(&fields)?,
+                _ => V2Settings::default(),
             },
         })
     }

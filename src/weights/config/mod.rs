@@ -1,13 +1,15 @@
-//! The `config.json` of every part of a model folder, checked number by number.
+//! The configuration of every part of a model folder, checked number by number.
 
 mod encoders;
 mod fields;
 mod index;
+mod scheduler;
 mod stages;
 
 pub use encoders::{EncoderBlock, EncoderBlockKind, HiddenAct, ImageEncoderConfig, TextEncoderConfig};
-pub use index::{GenerationDefaults, ModelIndex, Pipeline};
-pub use stages::{StageAConfig, StageBConfig, StageCConfig};
+pub use index::{GenerationDefaults, ModelIndex, Pipeline, V2Settings};
+pub use scheduler::SchedulerConfig;
+pub use stages::{DiffNeXtConfig, StageAConfig, StageBConfig, StageCConfig, UNetConfig};
 
 /// The file that describes a part of a model.
 pub const CONFIG_FILE: &str = "config.json";

@@ -26,8 +26,8 @@ fn every_config_of_the_fixtures_is_read() {
     let extra = Path::new(FIXTURES).join("extra");
     assert_eq!(StageAConfig::read(&extra.join("stage_a_levels3")).unwrap().levels, 3);
     let alt = StageBConfig::read(&extra.join("stage_b_alt")).unwrap();
-    assert_eq!((alt.nhead[0], alt.nhead[2], alt.self_attn), (None, Some(3), false));
-    assert_eq!(alt.level_config, ["CTF", "CATF", "CTA"]);
+    assert_eq!((alt.unet.nhead[0], alt.unet.nhead[2], alt.self_attn), (None, Some(3), false));
+    assert_eq!(alt.unet.level_config, ["CTF", "CATF", "CTA"]);
     let legacy = TextEncoderConfig::read(&extra.join("text_encoder_legacy")).unwrap();
     assert_eq!((legacy.eos_token_id, legacy.hidden_act), (2, HiddenAct::Gelu));
     let quick = TextEncoderConfig::read(&extra.join("text_encoder_quick_gelu")).unwrap();
@@ -49,8 +49,8 @@ fn the_index_of_the_bundled_model() {
 fn absent_fields_are_the_references_defaults() {
     let folder = folder_with("empty", "{}");
     let b = StageBConfig::read(&folder).unwrap();
-    assert_eq!((b.c_hidden.as_slice(), b.byt5_embd), ([640, 1280, 1280].as_slice(), 1536));
-    assert_eq!((b.kernel_size, b.patch_size, b.c_r, b.dropout.len()), (3, 2, 64, 3));
+    assert_eq!((b.unet.c_hidden.as_slice(), b.byt5_embd), ([640, 1280, 1280].as_slice(), 1536));
+    assert_eq!((b.unet.kernel_size, b.unet.patch_size, b.unet.c_r, b.unet.dropout.len()), (3, 2, 64, 3));
     let c = StageCConfig::read(&folder).unwrap();
     assert_eq!((c.c, c.depth, c.nhead, c.latent_size), (1280, 16, 16, [12, 12]));
     assert_eq!(StageAConfig::read(&folder).unwrap().codebook_size, 8192);

@@ -2,25 +2,45 @@
 
 use crate::device::Context;
 use crate::diffusion::guidance::guide;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::batch::concat;
-use crate::stages::blocks::Attended;
 use crate::tensor::{DType, Tensor};
 
-/// The conditioning of `n` samples and, where guidance is on, of their unconditional twins.
+/// The conditioning `C` of `n` samples and, where guidance is on, of their unconditional twins.
 ///
 /// Twins share a batch, so that each weight is read once for both. Only where the two texts differ in length
 /// (possible in the stage-level calls) do they need a pass each.
 #[derive(Debug)]
-pub(super) struct Guided {
+pub(in crate::pipeline) struct Guided<C> {
     pub samples: usize,
-    passes: Vec<Vec<Attended>>,
+    passes: Vec<C>,
     twins: bool,
+}
+
+/// Whom a pass is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    Samples,
+    Twins,
+    /// The samples, then their twins.
+    Both,
+}
+
+impl Who {
+    /// The entry that each sample of a pass has of a list with one entry per sample, and one more for all twins.
+    pub fn entries(self, samples: usize) -> Vec<usize> {
+        let (of_samples, of_twins) = (0..samples, std::iter::repeat_n(samples, samples));
+        match self {
+            Who::Samples => of_samples.collect(),
+            Who::Twins => of_twins.collect(),
+            Who::Both => of_samples.chain(of_twins).collect(),
+        }
+    }
 }
 
 /// An embedding per unique text, and which of them a sample and its twin have.
 #[derive(Debug)]
-pub(super) struct Texts {
+pub(in crate::pipeline) struct Texts {
     /// Entries of one length each, `[entries, T, width]`: one tensor, or two if the twins' length differs.
     pub conditional: Tensor,
     /// Per sample.
@@ -43,48 +63,27 @@ impl Texts {
         Ok(Some((concat(cx, &[&self.conditional, unconditional])?, index)))
     }
 
-    /// Calls `attend` once per unique text and sorts the results by sample. `others` are further token groups
-    /// that come before the text, for the samples and for their twins.
-    pub fn attended(
+    /// Calls `condition` once per pass: with the texts, which of them each sample of the pass has, and whom the
+    /// pass is for.
+    pub fn guided<C>(
         &self,
         cx: &Context,
-        others: Option<(&Attended, Vec<usize>, Vec<usize>)>,
-        attend: impl Fn(&Tensor) -> Result<Attended>,
-    ) -> Result<Guided> {
-        let samples = self.index.len();
-        let twins = self.unconditional.is_some();
-        let group = |text: Attended, index: Vec<usize>, other: Option<Vec<usize>>| {
-            let mut groups = Vec::with_capacity(2);
-            if let (Some((attended, _, _)), Some(other)) = (&others, other) {
-                groups.push(attended.with_index(other));
-            }
-            groups.push(text.with_index(index));
-            groups
-        };
-        let of_samples = others.as_ref().map(|(_, samples, _)| samples.clone());
-        let of_twins = others.as_ref().map(|(_, _, twins)| twins.clone());
+        condition: impl Fn(&Tensor, Vec<usize>, Who) -> Result<C>,
+    ) -> Result<Guided<C>> {
         let passes = match (self.merged(cx)?, &self.unconditional) {
-            (Some((texts, index)), unconditional) => {
-                let both = match (of_samples, of_twins, unconditional) {
-                    (Some(mut samples), Some(twins), Some(_)) => {
-                        samples.extend(twins);
-                        Some(samples)
-                    }
-                    (samples, _, _) => samples,
-                };
-                vec![group(attend(&texts)?, index, both)]
-            }
+            (Some((texts, index)), None) => vec![condition(&texts, index, Who::Samples)?],
+            (Some((texts, index)), Some(_)) => vec![condition(&texts, index, Who::Both)?],
             (None, Some((unconditional, twins))) => vec![
-                group(attend(&self.conditional)?, self.index.clone(), of_samples),
-                group(attend(unconditional)?, twins.clone(), of_twins),
+                condition(&self.conditional, self.index.clone(), Who::Samples)?,
+                condition(unconditional, twins.clone(), Who::Twins)?,
             ],
             (None, None) => Vec::new(),
         };
-        Ok(Guided { samples, passes, twins })
+        Ok(Guided { samples: self.index.len(), passes, twins: self.unconditional.is_some() })
     }
 }
 
-impl Guided {
+impl<C> Guided<C> {
     /// Runs `forward` over the samples and their twins: `(conditional, unconditional)` outputs.
     ///
     /// # Errors
@@ -93,15 +92,16 @@ impl Guided {
         &self,
         cx: &Context,
         x: &Tensor,
-        forward: impl Fn(&Tensor, &[Attended]) -> Result<Tensor>,
+        forward: impl Fn(&Tensor, &C) -> Result<Tensor>,
     ) -> Result<(Tensor, Option<Tensor>)> {
         match self.passes.as_slice() {
             [both] if self.twins => {
                 let out = forward(&concat(cx, &[x, x])?, both)?;
                 Ok((out.narrow(0, self.samples)?, Some(out.narrow(self.samples, self.samples)?)))
             }
-            [conditional, unconditional] => Ok((forward(x, conditional)?, Some(forward(x, unconditional)?))),
-            passes => Ok((forward(x, passes.first().map_or(&[], Vec::as_slice))?, None)),
+            [samples] => Ok((forward(x, samples)?, None)),
+            [samples, twins] => Ok((forward(x, samples)?, Some(forward(x, twins)?))),
+            passes => Err(Error::internal("guidance", format!("{} passes", passes.len()))),
         }
     }
 
@@ -114,7 +114,7 @@ impl Guided {
         cx: &Context,
         x: &Tensor,
         weight: f32,
-        forward: impl Fn(&Tensor, &[Attended]) -> Result<Tensor>,
+        forward: impl Fn(&Tensor, &C) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let (conditional, unconditional) = self.run(cx, x, forward)?;
         let Some(unconditional) = unconditional else { return Ok(conditional) };

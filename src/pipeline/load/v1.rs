@@ -1,0 +1,129 @@
+//! The parts of a v1 model folder: the paper's networks in this library's own layout.
+
+use std::path::Path;
+
+use super::{Part, blocks_up, levels, part};
+use crate::error::Result;
+use crate::image::Normalisation;
+use crate::stages::image_encoder::{BlockKind, ImageEncoder, ImageEncoderConfig, StageConfig};
+use crate::stages::stage_a::{StageA, StageAConfig};
+use crate::stages::stage_b::{StageB, StageBConfig};
+use crate::stages::stage_c::{StageC, StageCConfig};
+use crate::weights::config::{self, EncoderBlockKind};
+use crate::weights::v1 as names;
+
+/// The image encoder with what pictures are normalised by.
+#[derive(Debug)]
+pub struct ImagePart {
+    /// The network.
+    pub encoder: Part<ImageEncoder>,
+    /// How the colours of its input are normalised.
+    pub normalisation: Normalisation,
+}
+
+/// The paper's Stage A.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field or tensor.
+pub fn stage_a(folder: &Path) -> Result<Part<StageA>> {
+    let sizes = stage_a_sizes(&config::StageAConfig::read(folder)?);
+    part(folder, |name| names::stage_a(name, sizes.levels), |p| StageA::load(p, sizes))
+}
+
+pub(super) fn stage_a_sizes(read: &config::StageAConfig) -> StageAConfig {
+    StageAConfig {
+        levels: read.levels,
+        bottleneck_blocks: read.bottleneck_blocks,
+        channels: read.c_hidden,
+        latent_channels: read.c_latent,
+        codebook_size: read.codebook_size,
+        scale_factor: read.scale_factor,
+    }
+}
+
+/// The paper's Stage B.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field or tensor.
+pub fn stage_b(folder: &Path) -> Result<Part<StageB>> {
+    let read = config::StageBConfig::read(folder)?;
+    let levels = levels(&read.unet);
+    let blocks_up = blocks_up(&levels);
+    let sizes = StageBConfig {
+        embedding_width: read.unet.c_in,
+        codebook_size: read.num_labels,
+        time_width: read.unet.c_r,
+        patch_size: read.unet.patch_size,
+        condition_width: read.unet.c_cond,
+        latent_channels: read.unet.effnet_embd,
+        text_width: read.byt5_embd,
+        kernel: read.unet.kernel_size,
+        self_attention: read.self_attn,
+        levels,
+    };
+    part(folder, |name| names::stage_b(name, &blocks_up), |p| StageB::load(p, sizes))
+}
+
+/// The paper's Stage C.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field or tensor.
+pub fn stage_c(folder: &Path) -> Result<Part<StageC>> {
+    let sizes = stage_c_sizes(&config::StageCConfig::read(folder)?);
+    part(folder, names::stage_c, |p| StageC::load(p, sizes))
+}
+
+pub(super) fn stage_c_sizes(read: &config::StageCConfig) -> StageCConfig {
+    StageCConfig {
+        latent_channels: read.c_in,
+        channels: read.c,
+        text_width: read.c_cond,
+        time_width: read.c_r,
+        depth: read.depth,
+        heads: read.nhead,
+    }
+}
+
+/// The paper's image encoder.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field or tensor.
+pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
+    let read = config::ImageEncoderConfig::read(folder)?;
+    let normalisation = Normalisation { mean: read.mean, std: read.std };
+    let sizes = image_encoder_sizes(&read);
+    let kinds: Vec<_> = sizes
+        .stages
+        .iter()
+        .map(|s| names::EncoderStage {
+            fused: s.kind == BlockKind::FusedMbConv,
+            expands: s.expand_ratio != 1,
+        })
+        .collect();
+    let encoder = part(folder, |name| names::image_encoder(name, &kinds), |p| ImageEncoder::load(p, sizes))?;
+    Ok(ImagePart { encoder, normalisation })
+}
+
+fn image_encoder_sizes(read: &config::ImageEncoderConfig) -> ImageEncoderConfig {
+    let stage = |block: &config::EncoderBlock| StageConfig {
+        kind: match block.kind {
+            EncoderBlockKind::FusedMbConv => BlockKind::FusedMbConv,
+            EncoderBlockKind::MbConv => BlockKind::MbConv,
+        },
+        expand_ratio: block.expand_ratio,
+        kernel: block.kernel,
+        stride: block.stride,
+        inputs: block.in_channels,
+        outputs: block.out_channels,
+        layers: block.layers,
+    };
+    ImageEncoderConfig {
+        stem_channels: read.stem_channels,
+        stages: read.blocks.iter().map(stage).collect(),
+        feature_channels: read.last_channel,
+        latent_channels: read.c_latent,
+        norm_eps: read.norm_eps,
+        output_add: read.output_add,
+        output_div: read.output_div,
+    }
+}

@@ -1,0 +1,61 @@
+//! The walks of a generation, networks and mathematics joined: Stage C's over latents, Stage B's over tokens (v1) or
+//! Stage A's latents (v2). What does not change between steps is computed when a walk is made or started.
+
+mod guided;
+mod latents;
+mod stage_b;
+mod stage_c;
+mod tokens;
+
+pub(super) use guided::Texts;
+pub(super) use stage_b::StageBWalk;
+pub(super) use stage_c::{StageCWalk, initial_latents, one_each};
+
+use crate::device::Context;
+use crate::error::{Error, Result};
+use crate::ops::batch::concat;
+use crate::tensor::{DType, Tensor};
+use crate::weights::Weights;
+
+/// Guidance with this weight is the conditional prediction itself.
+const NO_GUIDANCE: f32 = 1.0;
+
+/// Whether a weight asks for guidance. v2's reference takes every weight up to 1 as none.
+fn is_guided(generation: u32, weight: f32) -> bool {
+    if generation == 1 { weight != NO_GUIDANCE } else { weight > NO_GUIDANCE }
+}
+
+/// Latents, with one entry of zeros after them if there are unconditional twins to see it.
+fn with_zero_twin(cx: &Context, latents: &Tensor, twins: bool) -> Result<Tensor> {
+    if !twins {
+        return Ok(latents.clone());
+    }
+    let [_, h, w, c] = latents.dims_of("stage_b latents")?;
+    let zero = Tensor::zeros(cx, "latents", &[1, h, w, c], DType::F32)?;
+    concat(cx, &[latents, &zero])
+}
+
+/// # Errors
+/// `Format`, naming the tensor, if `x` is not finite because a weight is not; `InvalidArgument` if the weights
+/// are finite and the options have driven the values out of range.
+pub(super) fn check_finite(x: &Tensor, stage: &str, weights: &Weights) -> Result<()> {
+    if x.slice::<f32>()?.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(not_finite(stage, &[weights]))
+}
+
+/// Why an output is not finite: the first weight that is not, or the options.
+fn not_finite(stage: &str, weights: &[&Weights]) -> Error {
+    for weights in weights {
+        if let Some((name, count)) = weights.find_not_finite() {
+            let place = format!("{}: {name}", weights.path().display());
+            return Error::format(place, "finite weights", format!("{count} that are not"));
+        }
+    }
+    Error::argument(
+        format!("{stage} options"),
+        "values that keep the network's output finite",
+        "an output that is not (guidance or temperature may be extreme)",
+    )
+}
