@@ -527,7 +527,7 @@ wst_status wst_model_options_set_log(wst_model_options *options,
 
 /**
  * Sets an option by name, for configuration files and scripting languages: "device", "threads", …; the message
- * for an unknown key lists all. "test.panic" with "caller" or "thread" makes this call fail with WST_INTERNAL as a
+ * for an unknown key lists all. "prior_path" and "decoder_path" name the folder of a v2 model's other half. "test.panic" with "caller" or "thread" makes this call fail with WST_INTERNAL as a
  * defect would, so that a host can test what it does then.
  *
  * Owner: `key` and `value` are copied.
@@ -541,7 +541,9 @@ wst_status wst_model_options_set(wst_model_options *options,
                                  wst_error **error);
 
 /**
- * Opens the model in folder `path`; `options` may be NULL for the defaults. Weights are mapped, not read.
+ * Opens the model in folder `path`; `options` may be NULL for the defaults. Weights are mapped, not read. v1: a folder
+ * of this library's layout. v2: a folder as diffusers saves it, with both halves or one of them; the option
+ * "decoder_path" or "prior_path" names the folder of the other. A model with one half does what that half can.
  *
  * Owner: the caller frees `*out` with wst_model_free; `options` may be freed or changed at once.
  * Threads: any.
@@ -687,7 +689,9 @@ wst_status wst_generate_options_set_seed(wst_generate_options *options,
                                          wst_error **error);
 
 /**
- * Stage C, from noise to latents: denoising steps, and the weight of classifier-free guidance (1: none).
+ * Stage C, from noise to latents: denoising steps, evenly spaced, and the weight of classifier-free guidance (1: none;
+ * in v2, any up to 1). A v2 model starts with the 29 unevenly spaced steps that it was published with; to keep them
+ * and change the guidance, set the key "stage_c_guidance".
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.
@@ -725,7 +729,8 @@ wst_status wst_generate_options_set_stage_c_timesteps(wst_generate_options *opti
                                                       wst_error **error);
 
 /**
- * Stage B, from latents to tokens: resampling steps, and the weight of classifier-free guidance (1: none).
+ * Stage B, from latents to tokens (v1) or to Stage A's latents (v2): steps, and the weight of classifier-free guidance
+ * (1: none; in v2, any up to 1).
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.
@@ -738,11 +743,11 @@ wst_status wst_generate_options_set_stage_b(wst_generate_options *options,
                                             wst_error **error);
 
 /**
- * The temperature of Stage B's choice, falling from `start` to `end` over its steps.
+ * The temperature of Stage B's choice in v1, falling from `start` to `end` over its steps.
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.
- * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for v2, WST_BUSY.
  */
 WST_WARN_UNUSED
 wst_status wst_generate_options_set_stage_b_temperature(wst_generate_options *options,
@@ -751,11 +756,11 @@ wst_status wst_generate_options_set_stage_b_temperature(wst_generate_options *op
                                                         wst_error **error);
 
 /**
- * How Stage B turns logits into tokens.
+ * How Stage B of v1 turns logits into tokens.
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.
- * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for v2, WST_BUSY.
  */
 WST_WARN_UNUSED
 wst_status wst_generate_options_set_stage_b_choice(wst_generate_options *options,
@@ -774,6 +779,21 @@ wst_status wst_generate_options_set_init_image(wst_generate_options *options,
                                                const wst_image *image,
                                                float strength,
                                                wst_error **error);
+
+/**
+ * Starts from latents instead of noise: [1, C, h, w] for all pictures, or one for each, as wst_encode_image and
+ * wst_stage_c_sample give them. `strength` as for an init image; 0 only decodes them, without Stage C: image
+ * variation from latents at hand. Replaces an init image.
+ *
+ * Owner: the options keep a copy.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_BUSY. Their size is held to the pictures' when these are made.
+ */
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_init_latents(wst_generate_options *options,
+                                                 const wst_tensor *latents,
+                                                 float strength,
+                                                 wst_error **error);
 
 /**
  * Where the picture may change from the init image: white is made anew, black is kept.
@@ -948,7 +968,7 @@ void wst_job_free(wst_job *job);
  * --------------------------------------------- */
 
 /**
- * The token numbers of `text` as stage `for_stage` sees it: I64 [tokens].
+ * The token numbers of `text` as stage `for_stage` sees it: I64 [tokens]. The stages of a v1 model share a tokenizer.
  *
  * Owner: the caller frees `*ids` with wst_tensor_free.
  * Threads: any.
@@ -977,7 +997,7 @@ wst_status wst_encode_text(const wst_model *model,
                            wst_error **error);
 
 /**
- * What Stage C's latents of pictures are, by the image encoder: [N, 16, h, w].
+ * What Stage C's latents of pictures are, by the image encoder, as Stage B takes them: [N, 16, h, w].
  *
  * Owner: the caller frees `*latents` with wst_tensor_free.
  * Threads: any.
@@ -1005,11 +1025,12 @@ wst_status wst_stage_a_encode(const wst_model *model,
                               wst_error **error);
 
 /**
- * Stage A's picture of tokens, I64 [N, h, w], or of latents, [N, C, h, w]: F32 [N, 3, H, W], 0 to 1.
+ * Stage A's picture of tokens, I64 [N, h, w], or of latents, [N, 4, h, w]: F32 [N, 3, H, W], 0 to 1, not clamped.
+ * Tokens stand for codebook vectors as they are; latents are multiplied by the model's scale factor.
  *
  * Owner: the caller frees `*pixels` with wst_tensor_free.
  * Threads: any.
- * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
 WST_WARN_UNUSED
 wst_status wst_stage_a_decode(const wst_model *model,
@@ -1018,12 +1039,13 @@ wst_status wst_stage_a_decode(const wst_model *model,
                               wst_error **error);
 
 /**
- * One evaluation of Stage B: `x` is I64 [N, H, W] or [N, C, H, W], `t` [N], `latents` [N, 16, h, w], `text`
- * [N, tokens, width]; gives logits [N, labels, H, W]. Floats of any width are taken, F32 is given.
+ * One evaluation of Stage B with `t` [N], `latents` [N, 16, h, w] and `text` [N, tokens, width]. v1: `x` is tokens,
+ * I64 [N, H, W], and gives logits [N, labels, H, W]. v2: `x` is Stage A's latents, [N, 4, H, W], and gives the noise
+ * in them, [N, 4, H, W]. Floats of any width are taken, F32 is given.
  *
  * Owner: the caller frees `*out` with wst_tensor_free.
  * Threads: any.
- * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
 WST_WARN_UNUSED
 wst_status wst_stage_b_predict(const wst_model *model,
@@ -1035,12 +1057,13 @@ wst_status wst_stage_b_predict(const wst_model *model,
                                wst_error **error);
 
 /**
- * All of Stage B: `latents` [N, 16, h, w] and `text` [N, tokens, width] to tokens, I64 [N, H, W].
+ * All of Stage B: `latents` [N, 16, h, w] and `text` [N, tokens, width] to tokens, I64 [N, H, W] (v1; H and W follow
+ * the options' size), or to Stage A's latents, F32 [N, 4, H, W] (v2; H = int(h * 10.67), as the reference rounds).
  * `negative_text`, of the shape of `text`, may be NULL. Prompts in the options are not used.
  *
  * Owner: the caller frees `*out` with wst_tensor_free.
  * Threads: any; the progress callback comes on this thread.
- * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
  */
 WST_WARN_UNUSED
 wst_status wst_stage_b_sample(const wst_model *model,
@@ -1057,7 +1080,7 @@ wst_status wst_stage_b_sample(const wst_model *model,
  *
  * Owner: the caller frees `*noise` with wst_tensor_free.
  * Threads: any.
- * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE.
  */
 WST_WARN_UNUSED
 wst_status wst_stage_c_predict(const wst_model *model,
@@ -1068,12 +1091,13 @@ wst_status wst_stage_c_predict(const wst_model *model,
                                wst_error **error);
 
 /**
- * All of Stage C: `text` [N, tokens, width] to latents, F32 [N, 16, h, w]. `negative_text`, of the shape of `text`,
+ * All of Stage C: `text` [N, tokens, width] to latents, F32 [N, 16, h, w], as Stage B takes them (in v2 diffusers'
+ * image_embeddings: 42 times Stage C's own, less 1). `negative_text`, of the shape of `text`,
  * and `initial_noise`, [N, 16, h, w] (else from the seed), may be NULL. Prompts in the options are not used.
  *
  * Owner: the caller frees `*latents` with wst_tensor_free.
  * Threads: any; the progress callback comes on this thread.
- * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
  */
 WST_WARN_UNUSED
 wst_status wst_stage_c_sample(const wst_model *model,
