@@ -5,22 +5,24 @@
 use std::time::{Duration, Instant};
 
 use half::f16;
-use wuerstchen::device::gemm::{Gemm, Layout, MatrixB, Values, gemm};
+use wuerstchen::device::gemm::{Factors, Gemm, Layout, MatrixB, Values, gemm};
 use wuerstchen::device::simd::{self, Level};
 use wuerstchen::{Context, DType, Device, Result, Tensor};
 
-/// (M, K, N) of the models' products.
-const SHAPES: &[(usize, usize, usize)] = &[
-    (288, 1536, 6144),
-    (288, 6144, 1536),
-    (288, 1536, 4608),
-    (16384, 384, 1536),
-    (16384, 1536, 384),
-    (8192, 640, 2560),
-    (2048, 1280, 5120),
-    (154, 1024, 1536),
-    (32768, 256, 8192),
-    (2, 1536, 6144),
+/// (M, K of each term, N) of the models' products.
+const SHAPES: &[(usize, &[usize], usize)] = &[
+    (288, &[1536], 6144),
+    (288, &[6144], 1536),
+    (288, &[1536], 4608),
+    (16384, &[384], 1536),
+    (16384, &[1536], 384),
+    (8192, &[640], 2560),
+    (4096, &[640], 2560),
+    (4096, &[640, 16], 2560),
+    (2048, &[1280], 5120),
+    (154, &[1024], 1536),
+    (32768, &[256], 8192),
+    (2, &[1536], 6144),
 ];
 
 /// How long one measurement may repeat.
@@ -45,19 +47,29 @@ fn peak(cx: &Context) -> Result<[f64; 2]> {
 }
 
 /// The best rates of a product and of the peak, measured in turn: others on the machine disturb these least.
-fn product(cx: &Context, (m, k, n): (usize, usize, usize), kind: &str) -> Result<[[f64; 2]; 2]> {
+fn product(cx: &Context, (m, depths, n): (usize, &[usize], usize), kind: &str) -> Result<[[f64; 2]; 2]> {
+    let k: usize = depths.iter().sum();
     let mut a = Tensor::new(cx, "a", &[m, k], DType::F32)?;
     a.slice_mut::<f32>()?.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 17) as f32 * 0.1 - 0.8);
     let b: Vec<f32> = (0..n * k).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect();
     let half: Vec<f16> = b.iter().map(|&v| f16::from_f32(v)).collect();
     let mut out = Tensor::new(cx, "out", &[m, n], DType::F32)?;
     let out = out.slice_mut::<f32>()?;
-    let (values, layout, leading) = match kind {
-        "f16" => (Values::F16(&half), Layout::RowsAreOutputs, k),
-        "f32 [K,N]" => (Values::F32(&b), Layout::RowsAreInputs, n),
-        _ => (Values::F32(&b), Layout::RowsAreOutputs, k),
-    };
-    let product = Gemm { m, n, k, a: a.slice()?, lda: k, b: MatrixB { values, layout, leading } };
+    let a = a.slice()?;
+    // Each term has matrices of its own, one behind the other.
+    let mut before = 0;
+    let factors = depths.iter().map(|&k| {
+        let at = before;
+        before += k;
+        let (values, layout, leading) = match kind {
+            "f16" => (Values::F16(&half), Layout::RowsAreOutputs, k),
+            "f32 [K,N]" => (Values::F32(&b), Layout::RowsAreInputs, n),
+            _ => (Values::F32(&b), Layout::RowsAreOutputs, k),
+        };
+        Factors { k, a: &a[m * at..], lda: k, b: MatrixB { values: values.skip(n * at), layout, leading } }
+    });
+    let terms: Vec<Factors> = factors.collect();
+    let product = Gemm { m, n, terms: &terms };
     let flops = 2.0 * (m * n) as f64 * k as f64;
     let (start, mut best) = (Instant::now(), [[0f64; 2]; 2]);
     while start.elapsed() < TIME {
@@ -82,8 +94,9 @@ fn main() -> Result<()> {
     println!("GFLOP/s, multiply-add peak, share by the clock (with one thread, by processor time too)");
     let wanted = arguments.get(2).and_then(|a| a.parse::<usize>().ok());
     for &shape in SHAPES.iter().filter(|s| wanted.is_none_or(|m| m == s.0)) {
-        let (m, k, n) = shape;
-        print!("M {m:5} K {k:4} N {n:4}");
+        let (m, depths, n) = shape;
+        let k = depths.iter().map(usize::to_string).collect::<Vec<_>>().join("+");
+        print!("M {m:5} K {k:>6} N {n:4}");
         for kind in ["f32", "f16", "f32 [K,N]"] {
             let [speed, peak] = product(&cx, shape, kind)?;
             print!(" | {kind} {:5.1} of {:5.1} {:3.0}%", speed[0], peak[0], speed[0] / peak[0] * 100.0);

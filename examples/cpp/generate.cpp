@@ -24,6 +24,7 @@ namespace {
 const char usage[] =
     "usage: generate [options] PROMPT...\n"
     "  --model FOLDER       the model (examples/models/emoji-v1)\n"
+    "  --decoder FOLDER     its other half, where --model is the prior of v2\n"
     "  --out FILE.png       what to write (out.png); several pictures become FILE-1.png, …, and\n"
     "                       FILE.png then shows all of them\n"
     "  --negative TEXT      what the pictures should not show\n"
@@ -37,7 +38,7 @@ const char usage[] =
     "  --reconstruct FILE   encode a picture and decode it again, instead of a prompt\n";
 
 struct Arguments {
-    std::string model = "examples/models/emoji-v1", out = "out.png", device = "auto", reconstruct;
+    std::string model = "examples/models/emoji-v1", out = "out.png", device = "auto", decoder, reconstruct;
     std::string negative;
     bool has_negative = false;
     uint32_t threads = 0;
@@ -57,6 +58,7 @@ Arguments parse(int argc, char **argv) {
         if (word == "--help" || i + 1 == argc) throw std::invalid_argument(usage);
         const std::string value = argv[++i];
         if (word == "--model") a.model = value;
+        else if (word == "--decoder") a.decoder = value;
         else if (word == "--out") a.out = value;
         else if (word == "--device") a.device = value;
         else if (word == "--threads") a.threads = static_cast<uint32_t>(std::stoul(value));
@@ -172,6 +174,7 @@ int main(int argc, char **argv) {
         wst::ModelOptions model_options;
         model_options.set_device(a.device);
         model_options.set_threads(a.threads);
+        model_options.set("decoder_path", a.decoder);
         const wst::Model model(a.model, model_options);
         if (a.reconstruct.empty()) generate(model, a);
         else reconstruct(model, a);

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use wuerstchen::pipeline::{GenerateOptions, Model, ModelOptions, Progress};
 
 const USAGE: &str =
-    "usage: generate [--model FOLDER] [--negative TEXT] [--size WxH] [--steps N] [--guidance W] [--seed N]
-                [--images N] [--device NAME] [--threads N] [--out FILE.png] PROMPT...";
+    "usage: generate [--model FOLDER] [--decoder FOLDER] [--negative TEXT] [--size WxH] [--steps N] [--guidance W]
+                [--seed N] [--images N] [--device NAME] [--threads N] [--out FILE.png] PROMPT...";
 
 type Failure = Box<dyn std::error::Error>;
 
 struct Arguments {
     model: PathBuf,
+    decoder: PathBuf,
     out: PathBuf,
     device: String,
     threads: u32,
@@ -35,6 +36,7 @@ fn main() {
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, Failure> {
     let mut arguments = Arguments {
         model: "examples/models/emoji-v1".into(),
+        decoder: PathBuf::new(),
         out: "out.png".into(),
         device: "auto".into(),
         threads: 0,
@@ -50,6 +52,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, Failure> 
         let value = words.next().ok_or(USAGE)?;
         match word.as_str() {
             "--model" => arguments.model = value.into(),
+            "--decoder" => arguments.decoder = value.into(),
             "--out" => arguments.out = value.into(),
             "--device" => arguments.device = value,
             "--threads" => arguments.threads = value.parse()?,
@@ -76,6 +79,7 @@ fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut model_options = ModelOptions::default();
     model_options.set_device(&arguments.device)?;
     model_options.set_threads(arguments.threads)?;
+    model_options.set_decoder_path(&arguments.decoder)?;
     let model = Model::open(&arguments.model, &model_options)?;
 
     let mut options = GenerateOptions::new(&model)?;

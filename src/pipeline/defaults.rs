@@ -78,7 +78,10 @@ mod tests {
         let times = v2_times();
         assert_eq!(times.len(), 30);
         assert_eq!((times[0], times[29]), (1.0, 0.0));
-        assert_eq!((times[1], times[18], times[19], times[20]), (0.982_456_15, 0.684_210_54, 0.666_666_7, 0.6));
+        assert_eq!(
+            (times[1], times[18], times[19], times[20]),
+            (0.982_456_15, 0.684_210_54, 0.666_666_7, 0.6)
+        );
         assert!(times.windows(2).all(|pair| pair[0] > pair[1]));
     }
 }

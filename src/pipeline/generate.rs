@@ -88,12 +88,13 @@ impl Run<'_> {
         let mut unique: Vec<&str> = Vec::new();
         let mut requests = Vec::with_capacity(self.options.image_count());
         for prompt in &self.options.prompts {
-            let [negative, prompt] = [prompt.negative.as_deref().unwrap_or(""), prompt.text.as_str()].map(|text| {
-                *numbers.entry(text).or_insert_with(|| {
-                    unique.push(text);
-                    unique.len() - 1
-                })
-            });
+            let [negative, prompt] =
+                [prompt.negative.as_deref().unwrap_or(""), prompt.text.as_str()].map(|text| {
+                    *numbers.entry(text).or_insert_with(|| {
+                        unique.push(text);
+                        unique.len() - 1
+                    })
+                });
             for _ in 0..self.options.images_per_prompt {
                 let seed = self.options.seed.wrapping_add(requests.len() as u64);
                 requests.push(Request { prompt, negative, seed });

@@ -4,8 +4,8 @@ use super::Model;
 use super::options::{Choice, ProgressFn, Sampler, parse};
 use crate::device::CancelToken;
 use crate::diffusion::latents::check_times;
-use crate::error::{Error, Result};
 use crate::diffusion::schedule::linspace;
+use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::tensor::{DType, Tensor};
 

@@ -222,7 +222,10 @@ impl Model {
     /// `Unsupported` if no folder holds that half.
     pub(super) fn decoder(&self) -> Result<&Decoder> {
         self.inner.halves.decoder.as_ref().ok_or_else(|| {
-            Error::unsupported("Stage B and A", "the folder holds only the prior; name a decoder by decoder_path")
+            Error::unsupported(
+                "Stage B and A",
+                "the folder holds only the prior; name a decoder by decoder_path",
+            )
         })
     }
 

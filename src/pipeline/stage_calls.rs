@@ -4,10 +4,10 @@
 use std::time::Instant;
 
 use super::generate_options::GenerateOptions;
-use super::model::Model;
-use super::options::{Progress, Stage};
 use super::halves::StageBPart;
 use super::load::{Part, TextPart};
+use super::model::Model;
+use super::options::{Progress, Stage};
 use super::walks::{StageBWalk, StageCWalk, Texts, check_finite};
 use crate::device::Context;
 use crate::device::threads::run_apart_with_reserve;

@@ -75,6 +75,7 @@ pub struct Tokenizer {
     eos: u32,
     pad: u32,
     largest_id: u32,
+    max_length: Option<usize>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -142,12 +143,18 @@ impl Tokenizer {
         let pad = id(&specials.pad).or(own.pad).or(fallback.pad).unwrap_or(eos);
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
         let largest_id = largest.max(bos).max(eos).max(pad);
-        Ok(Tokenizer { inner, place: place.to_owned(), bos, eos, pad, largest_id })
+        let max_length = specials.max_length;
+        Ok(Tokenizer { inner, place: place.to_owned(), bos, eos, pad, largest_id, max_length })
     }
 
     /// The file that it was read from.
     pub fn path(&self) -> &Path {
         &self.place
+    }
+
+    /// The length in tokens that prompts are padded and cut to, if the folder says one (`model_max_length`).
+    pub fn max_length(&self) -> Option<usize> {
+        self.max_length
     }
 
     /// The ids of the special tokens.
@@ -212,6 +219,7 @@ struct Specials {
     eos: Option<String>,
     pad: Option<String>,
     unk: Option<String>,
+    max_length: Option<usize>,
 }
 
 impl Specials {
@@ -229,6 +237,9 @@ impl Specials {
                 let value = fields.get(name)?;
                 value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
             };
+            // Files without a limit say 1e30, which is no whole number.
+            let length = || fields.get("model_max_length")?.as_u64();
+            specials.max_length = specials.max_length.or_else(|| usize::try_from(length()?).ok());
             specials.bos = specials.bos.or_else(|| text("bos_token"));
             specials.eos = specials.eos.or_else(|| text("eos_token"));
             specials.pad = specials.pad.or_else(|| text("pad_token"));

@@ -21,14 +21,15 @@ import (
 )
 
 type arguments struct {
-	model, size, out, device string
-	prompts                  []string
-	steps, threads           int
-	seed                     uint64
+	model, decoder, size, out, device string
+	prompts                           []string
+	steps, threads                    int
+	seed                              uint64
 }
 
 func parse() (a arguments) {
 	flag.StringVar(&a.model, "model", "examples/models/emoji-v1", "the model's folder")
+	flag.StringVar(&a.decoder, "decoder", "", "the folder of its other half, where --model is the prior of v2")
 	flag.Func("prompt", "what to draw; may be given more than once", func(text string) error {
 		a.prompts = append(a.prompts, text)
 		return nil
@@ -60,7 +61,8 @@ func run(ctx context.Context, a arguments) error {
 	if len(a.prompts) == 0 {
 		return errors.New(`nothing to draw: --prompt "a red apple"`)
 	}
-	model, err := wuerstchen.Open(a.model, wuerstchen.WithDevice(a.device), wuerstchen.WithThreads(a.threads))
+	model, err := wuerstchen.Open(a.model, wuerstchen.WithDevice(a.device), wuerstchen.WithThreads(a.threads),
+		wuerstchen.WithModelSetting("decoder_path", a.decoder))
 	if err != nil {
 		return err
 	}

@@ -26,7 +26,16 @@ pub enum Values<'a> {
     BF16(&'a [bf16]),
 }
 
-impl Values<'_> {
+impl<'a> Values<'a> {
+    /// All but the first `count`: none if there are fewer.
+    pub fn skip(self, count: usize) -> Self {
+        match self {
+            Values::F32(v) => Values::F32(v.get(count..).unwrap_or(&[])),
+            Values::F16(v) => Values::F16(v.get(count..).unwrap_or(&[])),
+            Values::BF16(v) => Values::BF16(v.get(count..).unwrap_or(&[])),
+        }
+    }
+
     /// How many.
     pub fn len(&self) -> usize {
         match self {
@@ -64,7 +73,7 @@ impl Values<'_> {
     }
 }
 
-/// B of C = A op(B).
+/// B of a product A op(B). A range of the inputs of a larger matrix is one too: its slice begins there.
 #[derive(Debug, Clone, Copy)]
 pub struct MatrixB<'a> {
     /// The numbers.

@@ -1,10 +1,11 @@
-//! Matrix products C = A op(B) with f32 accumulation, the library's only one.
+//! Matrix products with f32 accumulation, and sums of them: C = sum over terms of A op(B). The library's only one.
 //!
-//! C is `[M, N]`, A is `[M, K]`, both f32; B holds K x N numbers in f32, f16 or bf16, in either order, and is
-//! widened while it is packed into panels. K is cut into blocks of [`DEPTH`]; within a block
-//! every element of C sums its products in ascending k, and blocks are added in ascending order. So the bits
-//! of an element depend on its own row of A, its own column of B and the processor's SIMD level: never on M, N,
-//! its place, the threads or its neighbours.
+//! C is `[M, N]`, the A of a term is `[M, K]`, both f32; its B holds K x N numbers in f32, f16 or bf16, in either
+//! order, and is widened while it is packed into panels. Each term's K is cut into blocks of [`DEPTH`], the last
+//! of which may be shorter; no block reaches into the next term. Within a block every element of C sums its
+//! products in ascending k, and blocks are added in ascending order, term after term. So the bits of an element
+//! depend on its own rows of the A, its own columns of the B, the terms' order and depths, and the processor's
+//! SIMD level: never on M, N, its place, the threads or its neighbours.
 //!
 //! A block of A is copied to rows of a fixed odd number of cache lines, so that no leading dimension makes its
 //! rows collide in the L1 cache, and the kernel broadcasts from it; a panel of B stays in L1 while all
@@ -42,13 +43,20 @@ const BLOCK_ROWS: usize = 288;
 /// Panels whose columns of a block of rows fit into the L2 cache.
 const HOT_PANELS: usize = 8;
 
-/// One product: C = A op(B).
+/// A sum of products: C = sum over terms of A op(B).
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm<'a> {
-    /// Rows of A and C.
+    /// Rows of every A and of C.
     pub m: usize,
     /// Columns of C.
     pub n: usize,
+    /// What is summed, in this order. Without any, C is zero.
+    pub terms: &'a [Factors<'a>],
+}
+
+/// One product of a sum.
+#[derive(Debug, Clone, Copy)]
+pub struct Factors<'a> {
     /// Columns of A: the summed dimension.
     pub k: usize,
     /// A, row-major: element (i, j) at `i * lda + j`.
@@ -143,7 +151,7 @@ macro_rules! with_kernel {
 }
 use with_kernel;
 
-/// C = A op(B), then `epilogue` on every element of C, on the device's threads.
+/// C = sum over terms of A op(B), then `epilogue` on every element of C, on the device's threads.
 ///
 /// `out[i * ldc + j]` becomes element (i, j) of C; what lies between rows is left alone. `epilogue(i, j, v)`
 /// gets finished runs of row i, from column j on, while they are in cache: each element exactly once.
@@ -165,13 +173,46 @@ pub fn gemm(
     with_kernel!(simd::level(), K => run::<K>(cx, product, out, ldc, &epilogue))
 }
 
-impl Gemm<'_> {
+impl<'a> Gemm<'a> {
     /// # Errors
     /// `InvalidArgument` unless every element that the product reaches is inside its slice.
     fn check(&self, out: usize, ldc: usize) -> Result<()> {
-        fits("gemm: a", self.m, self.k, self.lda, self.a.len())?;
         fits("gemm: out", self.m, self.n, ldc, out)?;
-        self.b.check(self.n, self.k)
+        self.terms.iter().try_for_each(|term| {
+            fits("gemm: a", self.m, term.k, term.lda, term.a.len())?;
+            term.b.check(self.n, term.k)
+        })
+    }
+
+    /// All that is summed: the K of every term.
+    fn depth(&self) -> usize {
+        self.terms.iter().map(|term| term.k).sum()
+    }
+
+    /// The blocks in their order.
+    fn blocks(&self) -> impl Iterator<Item = Block<'a>> {
+        let offsets = self.terms.iter().scan(0, |at, term| Some(std::mem::replace(at, *at + term.k)));
+        self.terms.iter().zip(offsets).flat_map(|(term, offset)| {
+            blocks(term.k).map(move |(k, depth)| Block { term, k, depth, at: offset + k })
+        })
+    }
+}
+
+/// A block of K: all of one term, or [`DEPTH`] of it.
+#[derive(Debug, Clone, Copy)]
+struct Block<'a> {
+    term: &'a Factors<'a>,
+    /// The first k within the term.
+    k: usize,
+    depth: usize,
+    /// The first k counted through all terms: where a packed panel holds the block.
+    at: usize,
+}
+
+impl Block<'_> {
+    /// The part of the term's B that `columns` outputs from `n` on take.
+    fn part(&self, n: usize, columns: usize) -> Part {
+        Part { k: self.k, depth: self.depth, n, columns }
     }
 }
 
@@ -198,7 +239,7 @@ fn run<K: Kernel>(
     ldc: usize,
     epilogue: &EpilogueFn,
 ) -> Result<()> {
-    let plan = Plan::new::<K>(product.m, product.n, product.k, cx.device().threads());
+    let plan = Plan::new::<K>(product.m, product.n, product.depth(), cx.device().threads());
     let job = Job::<K> { product, out, ldc, epilogue, kernel: std::marker::PhantomData };
     match plan.split {
         Split::Columns { per_task } => job.split_columns(cx, &plan, per_task),
@@ -241,37 +282,32 @@ impl<K: Kernel> Job<'_, K> {
     }
 
     fn fresh_panels(&self, area: Area, a: &mut [f32], panel: &mut [f32]) {
-        let Gemm { k, ref b, .. } = *self.product;
-        for block in blocks(k) {
-            self.copy_a(area, block, a);
+        let end = area.column + area.columns;
+        let mut blocks = self.product.blocks().peekable();
+        while let Some(block) = blocks.next() {
+            self.copy_a(area, &block, a);
             for (n, columns) in steps(area.column, area.columns, K::COLUMNS) {
-                let part = Part { columns, n, k: block.0, depth: block.1 };
-                // SAFETY: `check` saw all of B inside its slice; this level was detected.
-                unsafe { K::pack(b, part, panel) };
-                let next = self.next_part(area, part);
-                self.tiles(Area { column: n, columns, ..area }, block, a, panel, |share, shares| {
-                    b.prefetch(next, share, shares);
+                // SAFETY: `check` saw all of every B inside its slice; this level was detected.
+                unsafe { K::pack(&block.term.b, block.part(n, columns), panel) };
+                // What is packed after this part: nothing after the last.
+                let after = n + columns;
+                let (next, n_next) =
+                    if after < end { (Some(&block), after) } else { (blocks.peek(), area.column) };
+                let next = next.map(|b| (b.term.b, b.part(n_next, K::COLUMNS.min(end - n_next))));
+                self.tiles(Area { column: n, columns, ..area }, &block, a, panel, |share, shares| {
+                    if let Some((b, part)) = next {
+                        b.prefetch(part, share, shares);
+                    }
                 });
             }
         }
         self.finish(area);
     }
 
-    /// What is packed after `part`; empty after the last.
-    fn next_part(&self, area: Area, part: Part) -> Part {
-        let n = part.n + part.columns;
-        if n < area.column + area.columns {
-            return Part { n, columns: K::COLUMNS.min(area.column + area.columns - n), ..part };
-        }
-        let k = part.k + part.depth;
-        let columns = K::COLUMNS.min(area.columns);
-        Part { k, depth: DEPTH.min(self.product.k - k), n: area.column, columns }
-    }
-
-    /// All of B is packed once, some columns at a time, then every task owns some rows: for many rows.
+    /// Every B is packed once, some columns at a time, then every task owns some rows: for many rows.
     fn split_rows(&self, cx: &Context, plan: &Plan, columns_at_once: usize) -> Result<()> {
-        let Gemm { n, k, ref b, .. } = *self.product;
-        let panel_floats = k * K::COLUMNS;
+        let Gemm { n, terms, .. } = *self.product;
+        let panel_floats = self.product.depth() * K::COLUMNS;
         let panels = columns_at_once.div_ceil(K::COLUMNS);
         let bytes = (panels * panel_floats).saturating_mul(size_of::<f32>());
         let mut packed = cx.device().take("a packed matrix", bytes)?;
@@ -280,9 +316,13 @@ impl<K: Kernel> Job<'_, K> {
             let shared = SharedMut::new(floats_mut(&mut packed));
             cx.parallel(columns.div_ceil(K::COLUMNS), |panel| {
                 // SAFETY: each task has its own panel of the buffer, which outlives the loop.
-                let floats = unsafe { shared.part(panel * panel_floats, panel_floats) };
+                let mut rest = unsafe { shared.part(panel * panel_floats, panel_floats) };
                 let n = first + panel * K::COLUMNS;
-                pack_panel::<K>(b, k, n, K::COLUMNS.min(first + columns - n), floats);
+                for term in terms {
+                    let (own, others) = rest.split_at_mut(term.k * K::COLUMNS);
+                    pack_panel::<K>(&term.b, term.k, n, K::COLUMNS.min(first + columns - n), own);
+                    rest = others;
+                }
             })?;
             let packed = floats(&packed);
             cx.parallel(plan.blocks, |task| {
@@ -294,43 +334,38 @@ impl<K: Kernel> Job<'_, K> {
     }
 
     fn packed_panels(&self, area: Area, a: &mut [f32], packed: &[f32]) {
-        let k = self.product.k;
+        let depth = self.product.depth();
         // One copied block of A serves any number of columns: finish them while they are in the L2 cache.
-        let at_once = if k <= DEPTH { HOT_PANELS * K::COLUMNS } else { area.columns };
-        if k <= DEPTH {
-            self.copy_a(area, (0, k), a);
+        let mut blocks = self.product.blocks();
+        let only = blocks.next().filter(|_| blocks.next().is_none());
+        let at_once = if only.is_some() { HOT_PANELS * K::COLUMNS } else { area.columns };
+        if let Some(block) = only {
+            self.copy_a(area, &block, a);
         }
         for (first, columns) in steps(area.column, area.columns, at_once) {
             let part = Area { column: first, columns, ..area };
-            for block in blocks(k) {
-                if k > DEPTH {
-                    self.copy_a(area, block, a);
+            for block in self.product.blocks() {
+                if only.is_none() {
+                    self.copy_a(area, &block, a);
                 }
                 for (column, columns) in steps(first, columns, K::COLUMNS) {
-                    let panel = (column - area.column) / K::COLUMNS * k + block.0;
-                    let panel = &packed[panel * K::COLUMNS..][..block.1 * K::COLUMNS];
-                    self.tiles(Area { column, columns, ..area }, block, a, panel, |_, _| ());
+                    let panel = (column - area.column) / K::COLUMNS * depth + block.at;
+                    let panel = &packed[panel * K::COLUMNS..][..block.depth * K::COLUMNS];
+                    self.tiles(Area { column, columns, ..area }, &block, a, panel, |_, _| ());
                 }
             }
             self.finish(part);
         }
     }
 
-    /// Copies a block of A to rows [`A_STRIDE`] apart.
-    fn copy_a(&self, area: Area, (k, depth): (usize, usize), to: &mut [f32]) {
-        let Gemm { a, lda, .. } = *self.product;
-        copy_rows(&a[area.row * lda + k..], lda, area.rows, depth, to);
+    /// Copies a block of its term's A to rows [`A_STRIDE`] apart.
+    fn copy_a(&self, area: Area, block: &Block, to: &mut [f32]) {
+        let Factors { a, lda, .. } = *block.term;
+        copy_rows(&a[area.row * lda + block.k..], lda, area.rows, block.depth, to);
     }
 
     /// One panel's tiles, `between` being called with (i, count) before tile i.
-    fn tiles(
-        &self,
-        area: Area,
-        (k, depth): (usize, usize),
-        a: &[f32],
-        panel: &[f32],
-        between: impl Fn(usize, usize),
-    ) {
+    fn tiles(&self, area: Area, block: &Block, a: &[f32], panel: &[f32], between: impl Fn(usize, usize)) {
         let count = area.rows.div_ceil(K::ROWS);
         for i in 0..count {
             between(i, count);
@@ -338,9 +373,9 @@ impl<K: Kernel> Job<'_, K> {
             let rows = K::ROWS.min(area.rows - first);
             let at = (area.row + first) * self.ldc + area.column;
             let c = self.out.pointer(at, (rows - 1) * self.ldc + area.columns);
-            let (ldc, accumulate) = (self.ldc, k > 0);
+            let (ldc, accumulate) = (self.ldc, block.at > 0);
             let a = &a[first * A_STRIDE..];
-            let tile = Tile { rows, columns: area.columns, depth, a, panel, c, ldc, accumulate };
+            let tile = Tile { rows, columns: area.columns, depth: block.depth, a, panel, c, ldc, accumulate };
             // SAFETY: `pointer` checked the bounds of C, this task alone owns the area; the level was detected.
             unsafe { tile.run::<K>() };
         }
@@ -348,10 +383,11 @@ impl<K: Kernel> Job<'_, K> {
 
     /// The epilogue over finished rows.
     fn finish(&self, area: Area) {
+        let no_block = self.product.depth() == 0;
         for row in area.row..area.row + area.rows {
             // SAFETY: this task alone owns the area of `out`.
             let values = unsafe { self.out.part(row * self.ldc + area.column, area.columns) };
-            if self.product.k == 0 {
+            if no_block {
                 values.fill(0.0);
             }
             (self.epilogue)(row, area.column, values);

@@ -16,6 +16,7 @@ fn numbers(count: usize, seed: u32) -> Vec<f32> {
     (0..count).map(|_| next() as f32 / 128.0).collect()
 }
 
+/// One product, or a term of a sum.
 struct Case {
     m: usize,
     n: usize,
@@ -34,13 +35,15 @@ impl Case {
         let size = |rows: usize, columns: usize| {
             if rows == 0 || columns == 0 { 0 } else { (rows - 1) * (columns + gap) + columns }
         };
-        let (a, b) = (numbers(size(m, k), 1), numbers(size(rows, columns), 2));
+        // Thirds: sums of their products are rounded, so that bits show the order of summation.
+        let a = numbers(size(m, k), 1 + k as u32).iter().map(|v| v / 3.0).collect();
+        let b = numbers(size(rows, columns), 2 + k as u32);
         Case { m, n, k, a, lda: k + gap, b, leading: columns + gap, layout }
     }
 
-    fn product<'a>(&'a self, values: Values<'a>) -> Gemm<'a> {
+    fn factors<'a>(&'a self, values: Values<'a>) -> Factors<'a> {
         let b = MatrixB { values, layout: self.layout, leading: self.leading };
-        Gemm { m: self.m, n: self.n, k: self.k, a: &self.a, lda: self.lda, b }
+        Factors { k: self.k, a: &self.a, lda: self.lda, b }
     }
 
     fn reference(&self) -> Vec<f64> {
@@ -55,14 +58,18 @@ impl Case {
         c
     }
 
-    /// The product with NaN between the rows of C, which must stay.
     fn run(&self, threads: usize, values: Values) -> Vec<f32> {
-        let (cx, ldc) = (Context::new(&Device::cpu(threads).unwrap()), self.n + 3);
-        let mut out = vec![f32::NAN; self.m * ldc];
-        gemm(&cx, &self.product(values), &mut out, ldc, |_, _, _| ()).unwrap();
-        out.chunks(ldc).for_each(|row| assert!(row[self.n..].iter().all(|v| v.is_nan())));
-        out.chunks(ldc).flat_map(|row| &row[..self.n]).copied().collect()
+        sum(threads, self.m, self.n, &[self.factors(values)])
     }
+}
+
+/// The sum of products, with NaN between the rows of C, which must stay.
+fn sum(threads: usize, m: usize, n: usize, terms: &[Factors]) -> Vec<f32> {
+    let (cx, ldc) = (Context::new(&Device::cpu(threads).unwrap()), n + 3);
+    let mut out = vec![f32::NAN; m * ldc];
+    gemm(&cx, &Gemm { m, n, terms }, &mut out, ldc, |_, _, _| ()).unwrap();
+    out.chunks(ldc).for_each(|row| assert!(row[n..].iter().all(|v| v.is_nan())));
+    out.chunks(ldc).flat_map(|row| &row[..n]).copied().collect()
 }
 
 const SIZES: &[(usize, usize, usize)] = &[
@@ -125,16 +132,81 @@ fn bits_depend_on_neither_threads_nor_neighbours() {
                 for threads in [2, 5] {
                     assert_eq!(case.run(threads, Values::F32(&case.b)), whole);
                 }
-                let cx = Context::new(&Device::cpu(1).unwrap());
                 for row in [0, case.m / 2, case.m - 1] {
                     let a = if case.k == 0 { &[][..] } else { &case.a[row * case.lda..] };
-                    let alone = Gemm { m: 1, a, ..case.product(Values::F32(&case.b)) };
-                    let mut out = vec![0.0; case.n];
-                    gemm(&cx, &alone, &mut out, case.n, |_, _, _| ()).unwrap();
-                    assert_eq!(out, whole[row * case.n..][..case.n]);
+                    let alone = Factors { a, ..case.factors(Values::F32(&case.b)) };
+                    assert_eq!(sum(1, 1, case.n, &[alone]), whole[row * case.n..][..case.n]);
                 }
             }
         });
+    }
+}
+
+/// M, N and the depths of terms.
+const SUMS: &[(usize, usize, &[usize])] = &[
+    (4, 5, &[]),
+    (1, 1, &[1, 1]),
+    (5, 33, &[0, 16, 0]),
+    (40, 70, &[16, 255, 1]),
+    (100, 20, &[256, 257]),
+    (300, 300, &[257, 16, 256, 1]),
+    (700, 50, &[640, 16]),
+    (700, 600, &[1, 255]),
+];
+
+/// Terms whose layouts take turns, with gaps between rows.
+fn terms(m: usize, n: usize, depths: &[usize]) -> Vec<Case> {
+    let layouts = [Layout::RowsAreOutputs, Layout::RowsAreInputs].into_iter().cycle();
+    depths.iter().zip(layouts).enumerate().map(|(gap, (&k, l))| Case::new(m, n, k, l, gap)).collect()
+}
+
+#[test]
+fn sums_match_the_definition_and_have_fixed_bits() {
+    for &(m, n, depths) in SUMS {
+        let cases = terms(m, n, depths);
+        let half = |case: &Case| case.b.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>();
+        let halves: Vec<_> = cases.iter().map(half).collect();
+        let mut want = vec![0.0; m * n];
+        for case in &cases {
+            want.iter_mut().zip(case.reference()).for_each(|(sum, v)| *sum += v);
+        }
+        let factors: Vec<_> = cases.iter().map(|c| c.factors(Values::F32(&c.b))).collect();
+        let of_halves = cases.iter().zip(&halves).map(|(c, b)| c.factors(Values::F16(b)));
+        let of_halves: Vec<_> = of_halves.collect();
+        for level in Level::available() {
+            at_level(level, || {
+                let got = sum(1, m, n, &factors);
+                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                    assert!(
+                        (*got as f64 - want).abs() <= 1e-4,
+                        "{level:?} {m}x{n} {depths:?} {i}: {got} {want}"
+                    );
+                }
+                for threads in [2, 4] {
+                    assert_eq!(sum(threads, m, n, &factors), got);
+                }
+                assert_eq!(sum(2, m, n, &of_halves), got);
+                let last = |c: &Factors| if c.k == 0 { 0 } else { (m - 1) * c.lda };
+                let rows: Vec<_> = factors.iter().map(|c| Factors { a: &c.a[last(c)..], ..*c }).collect();
+                assert_eq!(sum(1, 1, n, &rows), got[(m - 1) * n..]);
+            });
+        }
+    }
+}
+
+#[test]
+fn whole_blocks_of_one_product_are_terms() {
+    for layout in [Layout::RowsAreOutputs, Layout::RowsAreInputs] {
+        for (m, n) in [(3, 70), (130, 300), (700, 50)] {
+            let whole = Case::new(m, n, 3 * DEPTH + 7, layout, 2);
+            let term = |first: usize, end: usize| {
+                let all = whole.factors(Values::F32(&whole.b));
+                let b = MatrixB { values: all.b.values.skip(all.b.index(first, 0)), ..all.b };
+                Factors { k: end - first, a: &all.a[first..], b, ..all }
+            };
+            let parts = [term(0, DEPTH), term(DEPTH, 3 * DEPTH), term(3 * DEPTH, whole.k)];
+            assert_eq!(sum(2, m, n, &parts), whole.run(1, Values::F32(&whole.b)));
+        }
     }
 }
 
@@ -145,7 +217,7 @@ fn serial_products_have_the_same_bits() {
             for case in cases() {
                 let serial = Serial::new();
                 let Case { m, n, k, ref a, lda, .. } = case;
-                let product = case.product(Values::F32(&case.b));
+                let product = case.factors(Values::F32(&case.b));
                 let mut b = vec![0.0; serial.packed_len(n, k)];
                 serial.pack(&product.b, n, k, &mut b).unwrap();
                 let (mut scratch, mut out) = (vec![0.0; serial.scratch_len(m)], vec![f32::NAN; m * n]);
@@ -171,7 +243,8 @@ fn the_epilogue_sees_every_element_once() {
         for threads in [1, 4] {
             let cx = Context::new(&Device::cpu(threads).unwrap());
             let mut out = vec![0.0; m * n];
-            gemm(&cx, &case.product(Values::F32(&case.b)), &mut out, n, |row, column, values| {
+            let terms = [case.factors(Values::F32(&case.b))];
+            gemm(&cx, &Gemm { m, n, terms: &terms }, &mut out, n, |row, column, values| {
                 for (j, v) in values.iter_mut().enumerate() {
                     *v += (row * n + column + j) as f32;
                 }
@@ -187,18 +260,24 @@ fn the_epilogue_sees_every_element_once() {
 #[test]
 fn bad_requests_are_errors() {
     let case = Case::new(4, 5, 6, Layout::RowsAreOutputs, 0);
-    let product = case.product(Values::F32(&case.b));
+    let factors = case.factors(Values::F32(&case.b));
     let token = CancelToken::new();
     let cx = Context::new(&Device::cpu(2).unwrap()).cancelled_by(&token);
     let mut out = [0.0; 20];
-    let mut run = |product: &Gemm, ldc| gemm(&cx, product, &mut out, ldc, |_, _, _| ());
-    run(&product, 5).unwrap();
-    assert!(run(&product, 6).is_err());
-    assert!(run(&product, 4).is_err());
-    assert!(run(&Gemm { k: 7, ..product }, 5).is_err());
-    assert!(run(&Gemm { n: 6, ..product }, 5).is_err());
-    assert!(run(&Gemm { lda: usize::MAX, ..product }, 5).is_err());
-    assert!(run(&Gemm { a: &case.a[1..], ..product }, 5).is_err());
+    let mut run = |n, term: Factors, ldc| {
+        // A bad term is found in any place.
+        let terms = [factors, term];
+        gemm(&cx, &Gemm { m: 4, n, terms: &terms }, &mut out, ldc, |_, _, _| ())
+    };
+    run(5, factors, 5).unwrap();
+    assert!(run(5, factors, 6).is_err());
+    assert!(run(5, factors, 4).is_err());
+    assert!(run(6, factors, 5).is_err());
+    assert!(run(5, Factors { k: 7, ..factors }, 5).is_err());
+    assert!(run(5, Factors { lda: usize::MAX, ..factors }, 5).is_err());
+    assert!(run(5, Factors { a: &case.a[1..], ..factors }, 5).is_err());
+    let b = MatrixB { values: factors.b.values.skip(1), ..factors.b };
+    assert!(run(5, Factors { b, ..factors }, 5).is_err());
     token.cancel();
-    assert!(matches!(run(&product, 5), Err(Error::Cancelled)));
+    assert!(matches!(run(5, factors, 5), Err(Error::Cancelled)));
 }

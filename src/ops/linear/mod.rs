@@ -6,14 +6,14 @@ mod tests;
 
 use crate::device::Context;
 pub use crate::device::gemm::Layout as WeightLayout;
-use crate::device::gemm::{Gemm, Layout, MatrixB, Values, gemm};
+use crate::device::gemm::{Factors, Gemm, Layout, MatrixB, Values, gemm};
 use crate::device::simd::fma;
 use crate::error::{Error, Result};
 pub use crate::ops::activation::Activation;
 use crate::ops::kernels;
 use crate::simd_dispatch;
 use crate::tensor::{DType, Tensor};
-pub use sum::{Term, linear_sum};
+pub use sum::{MAX_TERMS, Term, linear_sum};
 
 /// What follows a product, per output element:
 /// v = activation(acc * channel_scale + bias) * gain + residual, then v * (1 + a) + b.
@@ -29,7 +29,8 @@ pub struct Epilogue<'a> {
     pub gain: f32,
     /// Of the shape of the result.
     pub residual: Option<&'a Tensor>,
-    /// `F32 [N or 1, 2 O]`: a, then b, for each sample of the batch or for all.
+    /// `F32 [N or 1, 2 O]`: a, then b, for each sample of the batch or for all. The first of several dimensions
+    /// of an input counts samples; a vector is one.
     pub modulation: Option<&'a Tensor>,
 }
 
@@ -75,25 +76,20 @@ fn multiply(
     layout: Layout,
     epilogue: &Epilogue,
 ) -> Result<Tensor> {
-    let [rows, columns] = weight.dims_of("linear weight")?;
-    let (outputs, inputs) = match layout {
-        Layout::RowsAreOutputs => (rows, columns),
-        Layout::RowsAreInputs => (columns, rows),
-    };
-    let Some((&channels, outer)) = x.dims().split_last().filter(|(channels, _)| **channels == inputs) else {
+    let [inputs, _] = sides("linear weight", weight, layout)?;
+    if x.dims().last() != Some(&inputs) {
         return Err(Error::argument("linear input", format!("{inputs} channels"), x.shape()));
-    };
-    let mut dims = [outputs; crate::tensor::MAX_RANK];
-    dims[..outer.len()].copy_from_slice(outer);
-    let dims = &dims[..=outer.len()];
-    if let Some(residual) = epilogue.residual.filter(|r| r.dims() != dims) {
-        return Err(Error::argument("linear residual", format!("{dims:?}"), residual.shape()));
     }
-    let samples = dims.first().filter(|_| dims.len() > 1).copied().unwrap_or(1);
-    let rows = Rows { values: x.slice()?, channels, per_sample: x.shape().rows() / samples.max(1) };
-    let mut out = Tensor::new(cx, "linear output", dims, DType::F32)?;
-    product(cx, &rows, weight, layout, epilogue, 0, out.slice_mut()?)?;
-    Ok(out)
+    linear_sum(cx, &[Term { x, weight, layout, first_input: 0 }], epilogue)
+}
+
+/// Inputs and outputs of a weight.
+fn sides(what: &str, weight: &Tensor, layout: Layout) -> Result<[usize; 2]> {
+    let [rows, columns] = weight.dims_of(what)?;
+    Ok(match layout {
+        Layout::RowsAreOutputs => [columns, rows],
+        Layout::RowsAreInputs => [rows, columns],
+    })
 }
 
 /// The left side of a product.
@@ -120,29 +116,50 @@ pub(crate) fn product(
     first_row: usize,
     out: &mut [f32],
 ) -> Result<()> {
-    let outputs = weight.elements() / rows.channels.max(1);
+    // Filters `[O, kh, kw, I]` have more dimensions.
+    let outputs = match layout {
+        Layout::RowsAreOutputs => weight.dims().first(),
+        Layout::RowsAreInputs => weight.dims().last(),
+    };
+    let n = outputs.copied().unwrap_or(1);
+    let k = rows.channels;
+    let leading = if layout == Layout::RowsAreOutputs { k } else { n };
+    let b = MatrixB { values: values(weight)?, layout, leading };
+    let terms = [Factors { k, a: rows.values, lda: k, b }];
+    let m = out.len().checked_div(n).unwrap_or(0);
+    finished(
+        cx,
+        &Gemm { m, n, terms: &terms },
+        epilogue,
+        Place { first_row, per_sample: rows.per_sample },
+        out,
+    )
+}
+
+/// Which rows of a result are computed.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// The first of them.
+    first_row: usize,
+    /// As in [`Rows`].
+    per_sample: usize,
+}
+
+/// A sum of products, then the epilogue.
+fn finished(cx: &Context, sum: &Gemm, epilogue: &Epilogue, place: Place, out: &mut [f32]) -> Result<()> {
+    let outputs = sum.n;
     let vector =
         |what, v: Option<&Tensor>| v.map(|v| kernels::channel_vector(cx, what, v, outputs)).transpose();
     let scale = vector("linear channel scale", epilogue.channel_scale)?;
     let bias = vector("linear bias", epilogue.bias)?;
-    let modulation = match epilogue.modulation {
-        Some(m) if m.dims().last() != Some(&(2 * outputs)) => {
-            return Err(Error::argument("linear modulation", format!("[N, {}]", 2 * outputs), m.shape()));
-        }
-        Some(m) => Some((m.slice::<f32>()?, m.shape().rows() > 1)),
-        None => None,
-    };
-    let residual = epilogue.residual.map(Tensor::slice::<f32>).transpose()?;
     let scale = scale.as_ref().map(Tensor::slice::<f32>).transpose()?;
     let bias = bias.as_ref().map(Tensor::slice::<f32>).transpose()?;
-
-    let leading = if layout == Layout::RowsAreOutputs { rows.channels } else { outputs };
-    let m = out.len().checked_div(outputs).unwrap_or(0);
-    let b = MatrixB { values: values(weight)?, layout, leading };
-    let gemm_sizes = Gemm { m, n: outputs, k: rows.channels, a: rows.values, lda: rows.channels, b };
-    let per_sample = rows.per_sample.max(1);
-    gemm(cx, &gemm_sizes, out, outputs, |row, column, out| {
-        let row = first_row + row;
+    let residual = epilogue.residual.map(Tensor::slice::<f32>).transpose()?;
+    let per_sample = place.per_sample.max(1);
+    let samples = (place.first_row + sum.m).div_ceil(per_sample);
+    let modulation = epilogue.modulation.map(|m| modulation(m, samples, outputs)).transpose()?;
+    gemm(cx, sum, out, outputs, |row, column, out| {
+        let row = place.first_row + row;
         affine(out, scale.map(|s| &s[column..]), bias.map(|b| &b[column..]));
         epilogue.activation.apply(out);
         if let Some(residual) = residual {
@@ -157,6 +174,16 @@ pub(crate) fn product(
             modulate(out, &a[column..], &b[column..]);
         }
     })
+}
+
+/// The numbers of a modulation, and whether each sample has its own.
+fn modulation(m: &Tensor, samples: usize, outputs: usize) -> Result<(&[f32], bool)> {
+    let rows = m.shape().rows();
+    if m.dims().last() != Some(&(2 * outputs)) || (rows != 1 && rows < samples) {
+        let expected = format!("[{samples} or 1, {}]", 2 * outputs);
+        return Err(Error::argument("linear modulation", expected, m.shape()));
+    }
+    Ok((m.slice()?, rows > 1))
 }
 
 /// The numbers of a weight, where they lie.

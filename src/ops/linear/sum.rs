@@ -1,12 +1,14 @@
 //! A sum of products that share their outputs: what a dense layer over concatenated inputs computes, without
 //! the concatenation.
 
-use super::{Epilogue, linear};
+use super::{Epilogue, Place, finished, sides, values};
 use crate::device::Context;
-use crate::device::gemm::Layout;
+use crate::device::gemm::{Factors, Gemm, Layout, MatrixB, Values};
 use crate::error::{Error, Result};
-use crate::ops::widen::widen;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, MAX_RANK, Tensor};
+
+/// The most terms of a sum: their list is held inline.
+pub const MAX_TERMS: usize = 8;
 
 /// One product of a sum: x times some of the inputs of a weight.
 #[derive(Debug, Clone, Copy)]
@@ -23,48 +25,66 @@ pub struct Term<'a> {
 
 /// y = sum over terms of x W[first_input .. first_input + I]ᵀ, then the epilogue.
 ///
+/// Neither inputs nor weights are copied. Terms are summed in their order.
+///
 /// # Shapes
 /// every x `F32 [.., I_i]` with the same outer dimensions -> `F32 [.., O]`
 ///
 /// # Errors
-/// `InvalidArgument` without terms or if shapes do not fit together; `OutOfMemory`; `Cancelled`.
+/// `InvalidArgument` without terms, with more than [`MAX_TERMS`], or if shapes do not fit together;
+/// `OutOfMemory`; `Cancelled`.
 pub fn linear_sum(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<Tensor> {
-    let Some(first) = terms.first() else {
-        return Err(Error::argument("linear sum", "at least one term", 0));
+    let Some(first) = terms.first().filter(|_| terms.len() <= MAX_TERMS) else {
+        return Err(Error::argument("linear sum", format!("1 to {MAX_TERMS} terms"), terms.len()));
     };
-    let outputs = |term: &Term| -> Result<usize> {
-        let [rows, columns] = term.weight.dims_of("linear weight")?;
-        Ok(if term.layout == Layout::RowsAreOutputs { rows } else { columns })
+    let [_, outputs] = sides("linear weight", first.weight, first.layout)?;
+    let Some((_, outer)) = first.x.dims().split_last() else {
+        return Err(Error::argument("linear input", "at least one dimension", first.x.shape()));
     };
-    let n = outputs(first)?;
-    let k: usize = terms.iter().map(|t| t.x.shape().channels()).sum();
-    let mut weight = Tensor::new(cx, "joined weights", &[n, k], DType::F32)?;
-    let mut dims = first.x.dims().to_vec();
-    if let Some(last) = dims.last_mut() {
-        *last = k;
+    let none = MatrixB { values: Values::F32(&[]), layout: Layout::RowsAreOutputs, leading: 0 };
+    let mut factors = [Factors { k: 0, a: &[], lda: 0, b: none }; MAX_TERMS];
+    for (factors, term) in factors.iter_mut().zip(terms) {
+        *factors = term.factors(outer, outputs)?;
     }
-    let mut x = Tensor::new(cx, "joined inputs", &dims, DType::F32)?;
-    let mut at = 0;
-    for term in terms {
-        let wide = widen(cx, term.weight)?;
-        let [rows, columns] = wide.dims_of("linear weight")?;
-        let values = wide.slice::<f32>()?;
-        let inputs = term.x.shape().channels();
-        for o in 0..n {
-            for i in 0..inputs {
-                let from = term.first_input + i;
-                weight.slice_mut::<f32>()?[o * k + at + i] = match term.layout {
-                    Layout::RowsAreOutputs => values[o * columns + from],
-                    Layout::RowsAreInputs => values[from * columns + o],
-                };
-            }
-        }
-        let _ = rows;
-        let source = term.x.slice::<f32>()?;
-        for (out, from) in x.slice_mut::<f32>()?.chunks_exact_mut(k).zip(source.chunks_exact(inputs)) {
-            out[at..at + inputs].copy_from_slice(from);
-        }
-        at += inputs;
+
+    let mut dims = [outputs; MAX_RANK];
+    dims[..outer.len()].copy_from_slice(outer);
+    let dims = &dims[..=outer.len()];
+    if let Some(residual) = epilogue.residual.filter(|r| r.dims() != dims) {
+        return Err(Error::argument("linear residual", format!("{dims:?}"), residual.shape()));
     }
-    linear(cx, &x, &weight, epilogue)
+    let m = first.x.shape().rows();
+    let samples = outer.first().copied().unwrap_or(1);
+    let place = Place { first_row: 0, per_sample: m / samples.max(1) };
+    let sum = Gemm { m, n: outputs, terms: &factors[..terms.len()] };
+    let mut out = Tensor::new(cx, "linear output", dims, DType::F32)?;
+    finished(cx, &sum, epilogue, place, out.slice_mut()?)?;
+    Ok(out)
+}
+
+impl<'a> Term<'a> {
+    /// The factors of a sum over rows of the dimensions `outer` with this many outputs.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if this term does not belong to such a sum, or its weight lacks some of its inputs.
+    fn factors(&self, outer: &[usize], outputs: usize) -> Result<Factors<'a>> {
+        let [inputs, n] = sides("linear weight", self.weight, self.layout)?;
+        if n != outputs {
+            return Err(Error::argument("linear weight", format!("{outputs} outputs"), self.weight.shape()));
+        }
+        let Some((&k, _)) = self.x.dims().split_last().filter(|(_, own)| *own == outer) else {
+            let expected = format!("channels after the dimensions {outer:?}");
+            return Err(Error::argument("linear input", expected, self.x.shape()));
+        };
+        if self.first_input.checked_add(k).is_none_or(|end| end > inputs) {
+            let expected = format!("{k} inputs from input {} on", self.first_input);
+            return Err(Error::argument("linear weight", expected, self.weight.shape()));
+        }
+        let (first, leading) = match self.layout {
+            Layout::RowsAreOutputs => (self.first_input, inputs),
+            Layout::RowsAreInputs => (self.first_input * n, n),
+        };
+        let b = MatrixB { values: values(self.weight)?.skip(first), layout: self.layout, leading };
+        Ok(Factors { k, a: self.x.slice()?, lda: k, b })
+    }
 }

@@ -66,54 +66,51 @@ fn blocks_up(levels: &[LevelConfig]) -> Vec<usize> {
     levels.iter().rev().map(|l| l.letters.len() * l.repeats).collect()
 }
 
-/// Where a text tower lies, and how prompts are given to it.
-pub(super) struct TextSource<'a> {
-    /// The tower's folder.
-    pub tower: &'a Path,
-    /// The tokenizer's folder.
-    pub tokenizer: &'a Path,
-    /// Tokens per prompt, padding included; without it as many as the tower has positions.
-    pub length: Option<usize>,
-    /// The file and field that say so, for errors.
-    pub length_place: &'a dyn Fn() -> String,
-    /// Whether padding is masked as keys.
-    pub mask_padding: bool,
+/// The text tower and the tokenizer of a v1 model folder. The index says how long prompts are, and whether padding is
+/// masked.
+pub(super) fn text_v1(root: &Path, index: &config::ModelIndex) -> Result<TextPart> {
+    let part = text_part(&root.join("text_encoder"), &root.join("tokenizer"))?;
+    let most = part.length;
+    let length = index.text_length.unwrap_or(most);
+    if length > most {
+        let place = format!("{}: text_length", root.join(config::ModelIndex::FILE).display());
+        return Err(Error::format(place, format!("at most {most}"), length));
+    }
+    Ok(TextPart { length, mask_padding: index.text_attention_mask, ..part })
 }
 
-/// The text tower and the tokenizer of a v1 model folder.
-pub(super) fn text(root: &Path, index: &config::ModelIndex) -> Result<TextPart> {
-    text_from(&TextSource {
-        tower: &root.join("text_encoder"),
-        tokenizer: &root.join("tokenizer"),
-        length: index.text_length,
-        length_place: &|| format!("{}: text_length", root.join(config::ModelIndex::FILE).display()),
-        mask_padding: index.text_attention_mask,
-    })
+/// A text tower and the tokenizer of v2. The tokenizer says how long prompts are.
+pub(super) fn text_v2(tower: &Path, tokenizer: &Path) -> Result<TextPart> {
+    let part = text_part(tower, tokenizer)?;
+    let most = part.length;
+    match part.tokenizer.max_length() {
+        Some(length @ 0..2) => {
+            let place = format!("{}: model_max_length", tokenizer.display());
+            Err(Error::format(place, "at least 2: the marks at the beginning and the end", length))
+        }
+        length => Ok(TextPart { length: length.map_or(most, |length| length.min(most)), ..part }),
+    }
 }
 
-/// A text tower with its tokenizer.
+/// A text tower with its tokenizer, for prompts as long as the tower has positions.
 ///
 /// # Errors
 /// `Io` and `Format`, naming the file and the field or tensor; `Unsupported` for another kind of tower.
-pub(super) fn text_from(source: &TextSource) -> Result<TextPart> {
-    let tower = text_encoder(source.tower)?;
-    let max_length = tower.network.config().max_length;
-    let length = source.length.unwrap_or(max_length);
-    if length > max_length {
-        return Err(Error::format((source.length_place)(), format!("at most {max_length}"), length));
-    }
-    let read = config::TextEncoderConfig::read(source.tower)?;
+fn text_part(tower_folder: &Path, tokenizer_folder: &Path) -> Result<TextPart> {
+    let tower = text_encoder(tower_folder)?;
+    let read = config::TextEncoderConfig::read(tower_folder)?;
     let id = |id: usize| u32::try_from(id).ok();
     let ids =
         SpecialIds { bos: id(read.bos_token_id), eos: id(read.eos_token_id), pad: id(read.pad_token_id) };
-    let tokenizer = Tokenizer::open_with(source.tokenizer, ids)?;
+    let tokenizer = Tokenizer::open_with(tokenizer_folder, ids)?;
     let vocabulary = tower.network.config().vocabulary;
     if tokenizer.largest_id() as usize >= vocabulary {
-        let tower = source.tower.file_name().unwrap_or_default().display();
+        let tower = tower_folder.file_name().unwrap_or_default().display();
         let expected = format!("ids below {vocabulary}, as {tower}: vocab_size says");
         return Err(Error::format(tokenizer.path().display().to_string(), expected, tokenizer.largest_id()));
     }
-    Ok(TextPart { tower, tokenizer, length, mask_padding: source.mask_padding })
+    let length = tower.network.config().max_length;
+    Ok(TextPart { tower, tokenizer, length, mask_padding: true })
 }
 
 /// A CLIP text tower, as transformers saves it.

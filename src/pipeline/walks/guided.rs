@@ -65,7 +65,7 @@ impl Texts {
 
     /// Calls `condition` once per pass: with the texts, which of them each sample of the pass has, and whom the
     /// pass is for.
-    pub fn guided<C>(
+    pub(super) fn guided<C>(
         &self,
         cx: &Context,
         condition: impl Fn(&Tensor, Vec<usize>, Who) -> Result<C>,

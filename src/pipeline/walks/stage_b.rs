@@ -118,9 +118,9 @@ impl<'a> StageBWalk<'a> {
         after_step: &mut dyn FnMut(usize, &Glimpse) -> Result<()>,
     ) -> Result<Tensor> {
         match &self.walk {
-            Walk::Tokens(walk) => walk.run(latents, texts, noise, &mut |done, tokens| {
-                after_step(done, &|| tokens.narrow(0, 1))
-            }),
+            Walk::Tokens(walk) => {
+                walk.run(latents, texts, noise, &mut |done, tokens| after_step(done, &|| tokens.narrow(0, 1)))
+            }
             Walk::Latents(walk) => {
                 let decoded = walk.run(latents, texts, noise, &mut |step| {
                     let done = step.done;

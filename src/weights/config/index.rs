@@ -57,6 +57,21 @@ impl Pipeline {
         ("StableCascadeDecoderPipeline", Pipeline::V3Decoder),
     ];
 
+    /// The name in the file.
+    pub fn class_name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, pipeline)| *pipeline == self).map_or("", |(name, _)| name)
+    }
+
+    /// Whether the folder holds the half from text to latents.
+    pub fn has_prior(self) -> bool {
+        !matches!(self, Pipeline::V2Decoder | Pipeline::V3Decoder)
+    }
+
+    /// Whether the folder holds the half from latents to pixels.
+    pub fn has_decoder(self) -> bool {
+        !matches!(self, Pipeline::V2Prior | Pipeline::V3Prior)
+    }
+
     /// The generation of the family: 1, 2 or 3.
     pub fn generation(self) -> u32 {
         match self {
