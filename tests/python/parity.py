@@ -1,24 +1,25 @@
-"""Compares what libwuerstchen returns through its C ABI with what the authors' code returned.
+"""Compares what libwuerstchen returns through its C ABI with what the authors' code (v1) and diffusers (v2) returned.
+
+    python3 tests/python/parity.py
 
 The expected values are in tests/fixtures/cases (NOTES.md there says how they were made). Only numpy is needed.
 The last line is "N passed, N failed".
 """
 
-import ctypes
+import inspect
 import json
 import struct
 import sys
 import traceback
-from pathlib import Path
 
 import numpy as np
 
-TOP = Path(__file__).resolve().parents[2]
+from libwuerstchen import DDIM, STAGE_B, STAGE_C, TOP, Library, Model
+
 FIXTURES = TOP / "tests" / "fixtures"
-LIBRARY = TOP / "target" / "release" / "libwuerstchen.so"
 TOLERANCE = 1e-4  # of the largest expected value, as NOTES.md suggests
-F32, I64 = 0, 3  # wst_dtype
-STAGE_C, DDIM = 2, 1  # wst_stage, wst_sampler
+# A test names the models that it takes by its parameters.
+FOLDERS = {"model": "model", "v2": "v2/model", "v2_prior": "v2/prior", "v2_decoder": "v2/decoder"}
 SAFETENSORS_TYPES = {"F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1"}
 
 
@@ -36,80 +37,6 @@ def load_case(name):
 
 def load_notes(name):
     return json.loads((FIXTURES / "cases" / f"{name}.json").read_text())
-
-
-class Library:
-    """The C ABI, as far as this file needs it. Handles are c_void_p."""
-
-    def __init__(self, path):
-        self.c = ctypes.CDLL(str(path))
-        for name, result in {
-            "wst_error_message": ctypes.c_char_p,
-            "wst_tensor_rank": ctypes.c_size_t,
-            "wst_tensor_nbytes": ctypes.c_size_t,
-            "wst_tensor_shape": ctypes.POINTER(ctypes.c_int64),
-            "wst_tensor_data": ctypes.c_void_p,
-            "wst_error_free": None,
-            "wst_tensor_free": None,
-        }.items():
-            getattr(self.c, name).restype = result
-
-    def call(self, name, *arguments):
-        """A call that can fail; its last parameter is the error."""
-        error = ctypes.c_void_p()
-        if getattr(self.c, name)(*arguments, ctypes.byref(error)) != 0:
-            message = self.c.wst_error_message(error).decode()
-            self.c.wst_error_free(error)
-            raise RuntimeError(f"{name}: {message}")
-
-    def make(self, name, *arguments):
-        """A call whose last parameter but the error is the handle that it makes."""
-        handle = ctypes.c_void_p()
-        self.call(name, *arguments, ctypes.byref(handle))
-        return handle
-
-    def tensor(self, array):
-        """A handle with a copy of the array; never freed, the process is short."""
-        integer = np.issubdtype(array.dtype, np.integer)
-        array = np.ascontiguousarray(array, np.int64 if integer else np.float32)
-        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-        data = array.ctypes.data_as(ctypes.c_void_p)
-        return self.make("wst_tensor_new", I64 if integer else F32, shape, ctypes.c_size_t(array.ndim), data)
-
-    def array(self, tensor):
-        shape = self.c.wst_tensor_shape(tensor)[: self.c.wst_tensor_rank(tensor)]
-        kind = {F32: np.float32, I64: np.int64}[self.c.wst_tensor_dtype(tensor)]
-        data = ctypes.string_at(self.c.wst_tensor_data(tensor), self.c.wst_tensor_nbytes(tensor))
-        self.c.wst_tensor_free(tensor)
-        return np.frombuffer(data, kind).reshape(shape)
-
-
-class Model:
-    """Every call takes and returns numpy arrays, in the reference's axis order."""
-
-    def __init__(self, library, folder):
-        self.library = library
-        self.handle = library.make("wst_model_open", str(folder).encode(), None)
-
-    def compute(self, name, *arguments):
-        return self.library.array(self.library.make(name, self.handle, *arguments))
-
-    def run(self, name, *arrays):
-        return self.compute(name, *map(self.library.tensor, arrays))
-
-    def tokenize(self, text):
-        return self.compute("wst_tokenize", STAGE_C, text.encode())
-
-    def encode_text(self, texts):
-        pointers = (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
-        return self.compute("wst_encode_text", STAGE_C, pointers, ctypes.c_size_t(len(texts)))
-
-    def stage_c_sample(self, text, negative_text, initial_noise, steps, guidance, sampler):
-        options = self.library.make("wst_generate_options_new", self.handle)
-        self.library.call("wst_generate_options_set_stage_c", options, steps, ctypes.c_float(guidance))
-        self.library.call("wst_generate_options_set_stage_c_sampler", options, sampler)
-        tensors = map(self.library.tensor, (text, negative_text, initial_noise))
-        return self.compute("wst_stage_c_sample", *tensors, options)
 
 
 def close(got, want, tolerance=TOLERANCE):
@@ -135,15 +62,14 @@ def test_text_encoder(model):
 def test_stage_c_predict(model):
     case = load_case("stage_c_forward")
     for i in "01":
-        got = model.run("wst_stage_c_predict", *(case[f"{i}.{name}"] for name in ("x", "r", "c")))
-        close(got, case[f"{i}.noise"])
+        close(model.stage_c_predict(*(case[f"{i}.{name}"] for name in ("x", "r", "c"))), case[f"{i}.noise"])
 
 
 def test_stage_c_sample_ddim(model):
     settings, case = load_notes("stage_c_sample_ddim")["settings"], load_case("stage_c_sample_ddim")
     steps = settings["timesteps"]
     got = model.stage_c_sample(
-        case["c"], np.zeros_like(case["c"]), case["init_noise"], steps, settings["cfg"], DDIM
+        case["c"], np.zeros_like(case["c"]), case["init_noise"], stage_c=(steps, settings["cfg"]), stage_c_sampler=DDIM
     )
     close(got, case[f"x.{steps}"])
 
@@ -152,27 +78,99 @@ def test_stage_b_predict(model):
     case = load_case("stage_b_forward")
     for i in "01":
         names = ("tokens", "r", "effnet", "byt5")
-        close(model.run("wst_stage_b_predict", *(case[f"{i}.{name}"] for name in names)), case[f"{i}.logits"])
+        close(model.stage_b_predict(*(case[f"{i}.{name}"] for name in names)), case[f"{i}.logits"])
 
 
 def test_stage_a_decode_latents(model):
     case = load_case("stage_a")
-    close(model.run("wst_stage_a_decode", case["quantised"]), case["decoded_quantised"])
-    close(model.run("wst_stage_a_decode", case["latents"]), case["decoded_latents"])
+    close(model.stage_a_decode(case["quantised"]), case["decoded_quantised"])
+    close(model.stage_a_decode(case["latents"]), case["decoded_latents"])
 
 
 def test_stage_a_decode_tokens(model):
     case = load_case("stage_a")
-    close(model.run("wst_stage_a_decode", case["rand_indices"]), case["decoded_indices"])
+    close(model.stage_a_decode(case["rand_indices"]), case["decoded_indices"])
+
+
+def test_v2_tokenizers(v2):
+    prompts = load_notes("v2_tokenizer")["prompts"]
+    for prompt in (prompt for prompt in prompts if "\0" not in prompt["text"]):  # a C string cannot hold it
+        for stage in (STAGE_C, STAGE_B):
+            close(v2.tokenize(prompt["text"], stage), np.array(prompt["ids"]))
+
+
+def test_v2_text_encoders(v2, v2_prior, v2_decoder):
+    prompts = load_notes("v2_text_encoder")["settings"]["prompts"]
+    case = load_case("v2_text_encoder")
+    for model, stage, tower in [
+        (v2, STAGE_C, "prior"), (v2, STAGE_B, "decoder"), (v2_prior, STAGE_C, "prior"), (v2_decoder, STAGE_B, "decoder")
+    ]:  # fmt: skip
+        close(model.encode_text(prompts, stage), case[f"{tower}.last_hidden_state"])
+
+
+def test_v2_stage_c_predict(v2):
+    case = load_case("v2_prior_forward")
+    for i in "01":
+        close(v2.stage_c_predict(*(case[f"{i}.{name}"] for name in ("x", "r", "c"))), case[f"{i}.noise"])
+
+
+def test_v2_stage_c_predict_in_a_batch(v2_prior):
+    settings, case = load_notes("v2_prior_batch")["settings"], load_case("v2_prior_batch")
+    for i, t in enumerate(settings["timesteps"][:-1]):
+        x = np.concatenate([case[f"latents.{i}" if i else "latents"]] * 2)
+        close(v2_prior.stage_c_predict(x, np.full(len(x), t), case["text"]), case[f"pred.{i}"])
+
+
+def test_v2_stage_b_predict(v2):
+    case = load_case("v2_decoder_forward")
+    for i in "01":
+        names = ("x", "r", "effnet", "clip")
+        close(v2.stage_b_predict(*(case[f"{i}.{name}"] for name in names)), case[f"{i}.noise"])
+
+
+def test_v2_stage_a_decode(v2):
+    case = load_case("v2_vqgan")
+    scale = load_notes("v2_vqgan")["settings"]["scale_factor"]
+    close(v2.stage_a_decode(case["latents"] / np.float32(scale)), case["decoded"])
+    n, _, height, width = case["quantised"].shape
+    close(v2.stage_a_decode(case["indices"].reshape(n, height, width)), case["decoded_quantised"])
+
+
+def test_v2_steps_of_the_pipeline(v2):
+    for name in ("v2_pipeline_cfg0", "v2_pipeline_cfg2"):
+        settings, case = load_notes(name)["settings"], load_case(name)
+        text, steps = case["prior.text"], settings["prior_num_inference_steps"]
+        times = np.linspace(1, 0, steps + 1, dtype=np.float32)
+        for i, t in enumerate(times[:-1]):
+            x = np.concatenate([case[f"prior.latents.{i}" if i else "prior_latents"]] * 2)
+            close(v2.stage_c_predict(x, np.full(2, t), text), case[f"prior.pred.{i}"])
+        # The last step has no noise.
+        last = case[f"prior.latents.{steps - 1}"]
+        embeddings = v2.stage_c_sample(
+            text[:1], text[1:], last, stage_c=(1, settings["prior_guidance_scale"]), stage_c_timesteps=times[-2:]
+        )
+        close(embeddings, case["image_embeddings"])
+
+        text, steps = case["decoder.text"], settings["num_inference_steps"]
+        for i, t in enumerate(np.linspace(1, 0, steps + 1, dtype=np.float32)[:-1]):
+            x = np.concatenate([case[f"decoder.latents.{i}" if i else "decoder_latents"]] * len(text))
+            got = v2.stage_b_predict(x, np.full(len(x), t), case["decoder.effnet"], text)
+            close(got, case[f"decoder.pred.{i}"])
+
+        pixels = v2.stage_a_decode(case[f"decoder.latents.{steps}"]).clip(0, 1).transpose(0, 2, 3, 1) * 255
+        assert np.abs(pixels - case["image_u8"]).max() <= 0.51, "a pixel differs"
 
 
 def main():
-    model = Model(Library(LIBRARY), FIXTURES / "model")
+    library = Library()
     tests = [test for name, test in globals().items() if name.startswith("test_")]
-    failed = 0
+    models, failed = {}, 0
     for test in tests:
         try:
-            test(model)
+            names = inspect.signature(test).parameters
+            for name in names:
+                models[name] = models.get(name) or Model(library, FIXTURES / FOLDERS[name])
+            test(*(models[name] for name in names))
             print(f"ok      {test.__name__}")
         except Exception:
             failed += 1

@@ -12,6 +12,7 @@ takes 8.9 GB of disk. The tokenizer is the test one (2,050 ids, all within the t
 """
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -114,14 +115,14 @@ def state_of(part, config):
         return torch_v1.PARTS[part][1](**config).state_dict()
 
 
-def check_published(part, state):
-    """Exits unless names, order-free, and shapes equal the published list."""
-    facts = json.loads((FIXTURES / PUBLISHED[part]).read_text())
+def check_published(part, state, file):
+    """Exits unless names, order-free, and shapes equal the published list in `file`."""
+    facts = json.loads((FIXTURES / file).read_text())
     want = {name: tuple(shape) for name, shape, _dtype in facts["tensors"]}
     got = {name: tuple(value.shape) for name, value in state.items()}
     if got != want:
         differ = sorted({*got.items()} ^ {*want.items()})
-        sys.exit(f"part {part}: not the names and shapes of {PUBLISHED[part]}: {differ[:6]}")
+        sys.exit(f"part {part}: not the names and shapes of {file}: {differ[:6]}")
 
 
 def random_tensor(part, name, meta):
@@ -148,8 +149,8 @@ def random_tensor(part, name, meta):
     return value.normal_(0, 1 / math.sqrt(fan_in))
 
 
-def write_safetensors(path, part, state, dtype):
-    """A safetensors file, tensor by tensor."""
+def write_safetensors(path, state, dtype, draw):
+    """A safetensors file, tensor by tensor: `draw(name, meta)` gives the values of each. Returns their bytes."""
     torch_dtype, dtype_name = DTYPES[dtype]
     sizes = {name: v.numel() * (torch_dtype.itemsize if v.is_floating_point() else 8) for name, v in state.items()}
     # Eight-byte integers first, then ascending names: every tensor is aligned to its element.
@@ -167,10 +168,24 @@ def write_safetensors(path, part, state, dtype):
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            value = random_tensor(part, name, state[name])
+            value = draw(name, state[name])
             value = value.to(torch_dtype) if value.is_floating_point() else value
             file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return offset
+
+
+def write_part(folder, file_name, state, dtype, draw):
+    """The weights of a part, put in place when they are whole; says what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{file_name}.partial"
+    size = write_safetensors(partial, state, dtype, draw)
+    partial.rename(folder / file_name)
+    parameters = sum(v.numel() for v in state.values() if v.is_floating_point())
+    print(f"{folder.name:<18} {len(state):>5} tensors {parameters / 1e6:>8.1f} M values {size / 1e9:>6.2f} GB")
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main():
@@ -187,20 +202,15 @@ def main():
         config = {**COMMON[part], **configs[part]}
         state = state_of(part, config)
         if args.scale == "full" and part in PUBLISHED:
-            check_published(part, state)
+            check_published(part, state, PUBLISHED[part])
         torch.manual_seed(SEED + list(COMMON).index(part))
         folder = args.out_dir / folder_name
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "model.safetensors.partial"
-        size = write_safetensors(partial, part, state, args.dtype)
-        partial.rename(folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        parameters = sum(v.numel() for v in state.values() if v.is_floating_point())
-        print(f"{folder_name:<14} {len(state):>5} tensors {parameters / 1e6:>8.1f} M values {size / 1e9:>6.2f} GB")
+        write_part(folder, "model.safetensors", state, args.dtype, functools.partial(random_tensor, part))
+        write_json(folder / "config.json", config)
 
     shutil.copytree(TOKENIZER, args.out_dir / "tokenizer", dirs_exist_ok=True)
     index = {"_class_name": "WuerstchenV1Pipeline", "format_version": 1, **configs["index"], "text_length": TEXT_LENGTH}
-    (args.out_dir / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_json(args.out_dir / "model_index.json", index)
 
 
 if __name__ == "__main__":
