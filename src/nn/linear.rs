@@ -24,14 +24,6 @@ impl Linear {
         Ok(Linear { weight: p.tensor("weight", &[outputs, inputs])?, bias })
     }
 
-    /// Reads only `weight`.
-    ///
-    /// # Errors
-    /// As [`Linear::load`].
-    pub fn load_without_bias(p: &Params, inputs: usize, outputs: usize) -> Result<Self> {
-        Ok(Linear { weight: p.tensor("weight", &[outputs, inputs])?, bias: None })
-    }
-
     /// Reads a 1x1 convolution: `weight` `[outputs, inputs, 1, 1]` and `bias`.
     ///
     /// # Errors
