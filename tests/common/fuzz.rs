@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use wuerstchen::Image;
 use wuerstchen::text::Tokenizer;
 use wuerstchen::weights::config::{
-    ImageEncoderConfig, ModelIndex, StageAConfig, StageBConfig, StageCConfig, TextEncoderConfig,
+    DiffNeXtConfig, ImageEncoderConfig, ModelIndex, SchedulerConfig, StageAConfig, StageBConfig,
+    StageCConfig, TextEncoderConfig,
 };
 use wuerstchen::weights::{STEMS, Weights};
 
@@ -141,7 +142,7 @@ fn pictures() -> Vec<Seed> {
 fn corpus() -> Vec<Seed> {
     let read = |path: &str| std::fs::read(format!("{ROOT}/{path}")).unwrap();
     let config = |name, path: &str, load: Load| Seed { name, files: vec![("config.json", read(path))], load };
-    let model = "tests/fixtures/model";
+    let (model, v2) = ("tests/fixtures/model", "tests/fixtures/v2");
     let mut seeds = vec![
         Seed { name: "safetensors", files: vec![("model.safetensors", small_safetensors())], load: load_weights },
         Seed {
@@ -162,6 +163,19 @@ fn corpus() -> Vec<Seed> {
         config("stage C", &format!("{model}/stage_c/config.json"), |f| StageCConfig::read(f).map(drop)),
         config("image encoder", &format!("{model}/image_encoder/config.json"), |f| ImageEncoderConfig::read(f).map(drop)),
         config("text encoder", &format!("{model}/text_encoder/config.json"), |f| TextEncoderConfig::read(f).map(drop)),
+        config("decoder", &format!("{v2}/decoder/decoder/config.json"), |f| DiffNeXtConfig::read(f).map(drop)),
+        config("VQ model", &format!("{v2}/decoder/vqgan/config.json"), |f| StageAConfig::read_v2(f).map(drop)),
+        config("prior", &format!("{v2}/prior/prior/config.json"), |f| StageCConfig::read_v2(f).map(drop)),
+        Seed {
+            name: "scheduler",
+            files: vec![("scheduler_config.json", read(&format!("{v2}/prior/scheduler/scheduler_config.json")))],
+            load: |f| SchedulerConfig::read(f).map(drop),
+        },
+        Seed {
+            name: "model index of v2",
+            files: vec![("model_index.json", read(&format!("{v2}/prior/model_index.json")))],
+            load: |f| ModelIndex::read(f).map(drop),
+        },
         Seed {
             name: "model index",
             files: vec![("model_index.json", read("examples/models/emoji-v1/model_index.json"))],
