@@ -141,5 +141,7 @@ fn what_should_join_must() {
     assert!(run(Some(&skip), Some((&image, &folded))).is_ok());
     assert!(run(Some(&skip), None).unwrap_err().to_string().contains("none"));
     assert!(run(None, Some((&image, &folded))).unwrap_err().to_string().contains("5 channels"));
+    let smaller = image.narrow(0, 1).unwrap();
+    assert!(run(Some(&skip), Some((&smaller, &folded))).is_err());
     assert!(run(Some(&image), Some((&image, &folded))).is_err());
 }
