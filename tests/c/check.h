@@ -57,10 +57,11 @@ static inline int summary(const char *name) {
     return failed != 0;
 }
 
-/* Few steps: the tests look at the interface, not at the picture. */
+/* Few steps and pixels: the tests look at the interface, not at the picture. */
 static inline wst_generate_options *quick_options(const wst_model *model, uint64_t seed) {
     wst_generate_options *options = NULL;
     OK(wst_generate_options_new(model, &options, &error));
+    OK(wst_generate_options_set_size(options, 128, 128, &error));
     OK(wst_generate_options_add_prompt(options, "a red apple", NULL, &error));
     OK(wst_generate_options_set_stage_c(options, 3, 2.0f, &error));
     OK(wst_generate_options_set_stage_b(options, 2, 1.0f, &error));

@@ -16,9 +16,10 @@ static wst_status run(const char *folder, wst_model **model, wst_image **image) 
     wst_error *error = NULL;
     wst_status status = *model ? WST_OK : wst_model_open(folder, NULL, model, &error);
     if (status == WST_OK) status = wst_generate_options_new(*model, &o, &error);
+    if (status == WST_OK) status = wst_generate_options_set_size(o, 128, 128, &error);
     if (status == WST_OK) status = wst_generate_options_add_prompt(o, "a red apple", NULL, &error);
     if (status == WST_OK) status = wst_generate_options_set_stage_c(o, 1, 2.0f, &error);
-    if (status == WST_OK) status = wst_generate_options_set_stage_b(o, 1, 1.0f, &error);
+    if (status == WST_OK) status = wst_generate_options_set_stage_b(o, 1, 2.0f, &error);
     if (status == WST_OK) status = wst_generate(*model, o, image, 1, &error);
     if (status == WST_OK) {
         /* Through a file and back. */

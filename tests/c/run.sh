@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds and runs the C and C++ tests. Prints "N passed, N failed" as its last line.
 #   LIBDIR  folder with libwuerstchen.so (target/release)    MODEL   model folder (examples/models/emoji-v1)
+#   V2      folder with the v2 models "model", "prior" and "decoder" (tests/fixtures/v2)
 #   CC CXX  compilers (gcc, g++)                             QUICK=1 leaves out valgrind and the sanitizers
 set -u
 export LC_ALL=C
@@ -8,6 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 LIBDIR=$(cd "${LIBDIR:-$root/target/release}" && pwd) || exit 1
 MODEL=$(cd "${MODEL:-$root/examples/models/emoji-v1}" && pwd) || exit 1
+V2=$(cd "${V2:-$root/tests/fixtures/v2}" && pwd) || exit 1
 CC=${CC:-gcc}
 CXX=${CXX:-g++}
 library=$LIBDIR/libwuerstchen.so
@@ -82,6 +84,7 @@ build() { # build OUTPUT SOURCE [FLAGS]
 }
 build arguments arguments.c
 build run run.c
+build v2 v2.c
 build silent silent.c
 build wrapper wrapper.cpp
 check "build load.c" $CC -std=gnu99 -Wall -Wextra -Werror -g -I"$root/include" "$here/load.c" -o "$work/load" -ldl
@@ -91,25 +94,35 @@ check "build minimal.c" $CC $c "$root/examples/c/minimal.c" -o "$work/minimal" $
 
 program arguments "$work/arguments" "$MODEL" "$work/scratch"
 program run "$work/run" "$MODEL" 1000
-program wrapper "$work/wrapper" "$MODEL"
+program "run, v2" "$work/run" "$V2/model" 300
+program v2 "$work/v2" "$V2"
+program wrapper "$work/wrapper" "$MODEL" "$V2"
 program load env -u LD_LIBRARY_PATH "$work/load" "$work/lib/libwuerstchen.so.0" "$work/wuerstchen_copy.so" "$MODEL"
-"$work/silent" "$MODEL" >"$work/out" 2>"$work/err"
-note "silent: the calls" $?
-check "silent: standard output" test ! -s "$work/out"
-check "silent: standard error" test ! -s "$work/err"
+for model in "$MODEL" "$V2/model"; do
+    "$work/silent" "$model" >"$work/out" 2>"$work/err"
+    note "silent: the calls" $?
+    check "silent: standard output" test ! -s "$work/out"
+    check "silent: standard error" test ! -s "$work/err"
+done
 check "minimal.c" "$work/minimal" "$MODEL" "a red apple" "$work/scratch/apple.png"
 check "minimal.c wrote a picture" test -s "$work/scratch/apple.png"
 # Every large allocation; of all that there are, a few hundred. glibc itself aborts when it has no 32 bytes for the
 # destructor of a thread-local.
-program memory env LD_PRELOAD="$work/libfailing_malloc.so" "$work/memory" "$MODEL" "$work/scratch/memory.png" "${MEMORY_RUNS:-1000000}"
-program "memory, small blocks" env LD_PRELOAD="$work/libfailing_malloc.so" WST_FAIL_BYTES=33 "$work/memory" "$MODEL" "$work/scratch/memory.png" "${MEMORY_RUNS:-100}"
+memory() { # memory NAME MODEL RUNS [SETTING...]
+    name=$1 model=$2 runs=$3; shift 3
+    program "$name" env LD_PRELOAD="$work/libfailing_malloc.so" "$@" "$work/memory" "$model" "$work/scratch/memory.png" "$runs"
+}
+memory memory "$MODEL" "${MEMORY_RUNS:-1000000}"
+memory "memory, small blocks" "$MODEL" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=33
+memory "memory, v2" "$V2/model" "${MEMORY_RUNS:-1000000}"
+memory "memory, v2, small blocks" "$V2/model" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=33
 
 if [ -z "${QUICK:-}" ]; then
     sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all"
     if $CC $sanitize -x c - -o "$work/probe" 2>/dev/null <<'P' && "$work/probe"; then
 int main(void) { return 0; }
 P
-        for name in arguments run; do
+        for name in arguments run v2; do
             build "${name}_asan" "$name.c" $sanitize
         done
         build wrapper_asan wrapper.cpp $sanitize
@@ -120,7 +133,8 @@ P
         export ASAN_OPTIONS=allocator_may_return_null=1
         program "arguments, sanitized" "$work/arguments_asan" "$MODEL" "$work/scratch"
         program "run, sanitized" "$work/run_asan" "$MODEL" 50
-        program "wrapper, sanitized" "$work/wrapper_asan" "$MODEL"
+        program "v2, sanitized" "$work/v2_asan" "$V2"
+        program "wrapper, sanitized" "$work/wrapper_asan" "$MODEL" "$V2"
     else
         echo "    no sanitizers: $CC cannot link them"
     fi
@@ -130,6 +144,7 @@ P
         valgrind="valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite"
         program "arguments, valgrind" $valgrind "$work/arguments" "$MODEL" "$work/scratch"
         check "generating, valgrind" $valgrind "$work/silent" "$MODEL"
+        check "generating, v2, valgrind" $valgrind "$work/silent" "$V2/model"
     else
         echo "    no valgrind"
     fi

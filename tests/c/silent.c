@@ -11,6 +11,7 @@ int main(int argc, char **argv) {
     int bad = wst_model_open("/nowhere", NULL, &model, NULL) != WST_IO;
     bad += wst_model_open(argv[1], NULL, &model, NULL) != WST_OK;
     bad += wst_generate_options_new(model, &o, NULL) != WST_OK;
+    bad += wst_generate_options_set_size(o, 128, 128, NULL) != WST_OK;
     bad += wst_generate_options_add_prompt(o, "apple", NULL, NULL) != WST_OK;
     bad += wst_generate_options_set_stage_c(o, 2, 1.0f, NULL) != WST_OK;
     bad += wst_generate_options_set_stage_b(o, 1, 1.0f, NULL) != WST_OK;

@@ -36,8 +36,43 @@ static wst::GenerateOptions quick(const wst::Model &model) {
     return o;
 }
 
+// v2: two folders joined, and latents as a start.
+static void joined(const std::string &folder) {
+    wst::ModelOptions options;
+    options.set("decoder_path", folder + "/decoder");
+    wst::Model model(folder + "/prior", options);
+    CHECK(model.info().generation == 2 && model.info().latent_channels == 8);
+    wst::GenerateOptions o = quick(model);
+    o.set_size(128, 128);
+    const auto plain = model.generate(o);
+    CHECK(plain.size() == 1 && plain[0].width() == 128);
+
+    const std::vector<std::string> texts{"a red apple"};
+    const wst::Tensor text = model.encode_text(WST_STAGE_C, texts);
+    const wst::Tensor latents = model.stage_c_sample(text, nullptr, nullptr, o);
+    CHECK(latents.shape().size() == 4 && latents.shape()[1] == 8 && latents.shape()[2] == 3);
+    // The latents of the same run: the same picture without Stage C, another with some of it.
+    CHECK(same_image(model.generate(o.set_init_latents(latents, 0.0f))[0].get(), plain[0].get()));
+    CHECK(!same_image(model.generate(o.set_init_latents(latents, 0.6f))[0].get(), plain[0].get()));
+    const std::vector<std::int64_t> shape{1, 7, 3, 3};
+    const std::vector<float> zeros(63);
+    const wst::Tensor narrow(shape, wst::span<const float>(zeros));
+    CHECK(status_of([&] { o.set_init_latents(narrow, 0.5f); }) == WST_INVALID_ARGUMENT);
+    CHECK(status_of([&] { o.set_init_latents(latents, 2.0f); }) == WST_INVALID_ARGUMENT);
+    CHECK(status_of([&] { o.set_stage_b_choice(WST_ARGMAX); }) == WST_UNSUPPORTED);
+
+    // Image variation needs the decoder only.
+    wst::Model decoder(folder + "/decoder");
+    wst::GenerateOptions alone = quick(decoder);
+    alone.set_size(128, 128);
+    CHECK(status_of([&] { (void)decoder.generate(alone); }) == WST_UNSUPPORTED);
+    CHECK(same_image(decoder.generate(alone.set_init_latents(latents, 0.0f))[0].get(), plain[0].get()));
+    options.set("decoder_path", folder + "/prior");
+    CHECK(status_of([&] { wst::Model(folder + "/prior", options); }) == WST_INVALID_ARGUMENT);
+}
+
 int main(int argc, char **argv) {
-    if (argc != 2) return 2;
+    if (argc != 3) return 2; // MODEL V2
     static_assert(!std::is_copy_constructible_v<wst::Model> && std::is_nothrow_move_constructible_v<wst::Model>);
     static_assert(!std::is_copy_constructible_v<wst::Image> && !std::is_copy_constructible_v<wst::Job>);
     CHECK(wst::version() == WST_VERSION);
@@ -115,5 +150,6 @@ int main(int argc, char **argv) {
         taken.cancel();
         CHECK(taken.wait());
     }
+    joined(argv[2]);
     return summary("wrapper");
 }
