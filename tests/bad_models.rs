@@ -2,47 +2,20 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/errors.rs"]
+mod errors;
 #[path = "common/folder.rs"]
 mod folder;
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use errors::{Kind, assert_error, kind};
 use folder::{Folder, PARTS, Stored, WEIGHTS, emoji, file_of, open, picture, read_tensors, short, tiny};
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use wuerstchen::{Error, GenerateOptions, Image, Model, Result, Stage};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Argument,
-    Io,
-    Format,
-    Unsupported,
-}
-
-fn kind(error: &Error) -> Option<Kind> {
-    Some(match error {
-        Error::InvalidArgument { .. } => Kind::Argument,
-        Error::Io { .. } => Kind::Io,
-        Error::Format { .. } => Kind::Format,
-        Error::Unsupported { .. } => Kind::Unsupported,
-        _ => return None,
-    })
-}
-
-/// # Panics
-/// Unless the result is an error of this kind whose text has all `parts`.
-fn assert_error<T>(what: &str, result: Result<T>, expected: Kind, parts: &[&str]) {
-    let error = result.err().unwrap_or_else(|| panic!("{what}: no error"));
-    let text = error.to_string();
-    assert_eq!(kind(&error), Some(expected), "{what}: {text}");
-    for part in parts {
-        assert!(text.contains(part), "{what}: no {part:?} in: {text}");
-    }
-}
+use wuerstchen::{GenerateOptions, Image, Model, Result, Stage};
 
 /// Opens the tiny model after one change.
 fn opened(change: impl FnOnce(&Folder)) -> (Folder, Result<Model>) {
@@ -89,8 +62,7 @@ fn a_model_without_an_image_encoder() {
     }
     // A link to nowhere is no such choice.
     let result = opened(|folder| {
-        folder.remove("image_encoder");
-        std::os::unix::fs::symlink("/none/such", folder.path().join("image_encoder")).unwrap();
+        folder.link("image_encoder", Path::new("/none/such"));
     });
     assert_error("a dangling link", result.1, Kind::Io, &["image_encoder/config.json", "No such file"]);
     options.set_mask(&image).unwrap();
@@ -296,13 +268,6 @@ fn configurations_of_other_weights() {
     }
 }
 
-/// Renames fields and fills in zeros, so that a part is whole again at another size.
-fn widen(stored: &mut Stored, axis: usize, size: usize) {
-    stored.shape[axis] = size;
-    let elements: usize = stored.shape.iter().product();
-    stored.set(Dtype::F32, &vec![0.01; elements]);
-}
-
 #[test]
 fn parts_of_different_models() {
     let text_width = |folder: &Folder| {
@@ -312,7 +277,7 @@ fn parts_of_different_models() {
             for tensor in tensors {
                 for axis in 0..tensor.shape.len() {
                     if tensor.shape[axis] == 24 {
-                        widen(tensor, axis, 28);
+                        tensor.resize(axis, 28);
                     }
                 }
             }
@@ -324,7 +289,7 @@ fn parts_of_different_models() {
     let codebook = |folder: &Folder| {
         folder.edit_json("stage_a/config.json", |json| json["codebook_size"] = json!(60));
         folder.edit_weights("stage_a", |tensors| {
-            widen(tensors.iter_mut().find(|t| t.name.contains("codebook")).unwrap(), 0, 60);
+            tensors.iter_mut().find(|t| t.name.contains("codebook")).unwrap().resize(0, 60);
         });
     };
     let result = opened(codebook).1;
@@ -333,7 +298,7 @@ fn parts_of_different_models() {
     let latents = |folder: &Folder| {
         folder.edit_json("stage_b/config.json", |json| json["effnet_embd"] = json!(16));
         folder.edit_weights("stage_b", |tensors| {
-            widen(tensors.iter_mut().find(|t| t.name == "effnet_mapper.weight").unwrap(), 1, 16);
+            tensors.iter_mut().find(|t| t.name == "effnet_mapper.weight").unwrap().resize(1, 16);
         });
     };
     let result = opened(latents).1;
@@ -345,7 +310,7 @@ fn parts_of_different_models() {
             tensors
                 .iter_mut()
                 .filter(|t| t.name.starts_with("mapper.") && t.is_float() && !t.shape.is_empty())
-                .for_each(|t| widen(t, 0, 12));
+                .for_each(|t| t.resize(0, 12));
         });
     };
     let result = opened(encoder).1;
@@ -354,8 +319,7 @@ fn parts_of_different_models() {
     // A part of the other model that is here.
     for part in ["stage_a", "stage_b", "stage_c", "text_encoder", "image_encoder"] {
         let result = opened(|folder| {
-            folder.remove(part);
-            std::os::unix::fs::symlink(emoji().join(part), folder.path().join(part)).unwrap();
+            folder.link(part, &emoji().join(part));
         });
         assert_error(part, result.1, Kind::Format, &[part]);
     }
@@ -428,16 +392,11 @@ fn use_all(model: &Model) -> Result<Vec<Image>> {
     options.set_stage_b(2, 2.0)?;
     options.set_size(64, 64)?;
     options.add_prompt("a cat", Some("a dog"))?;
+    options.set_preview(1)?;
     let image = Image::build(64, 64, |rgb| rgb.fill(100))?;
     options.set_init_image(&image, 0.8)?;
     model.stage_a_encode(&[&image])?;
     model.generate(&options)
-}
-
-/// Fills a tensor with one value.
-fn spoil(value: f32, stored: &mut Stored) {
-    let values = vec![value; stored.floats().len()];
-    stored.set(Dtype::F32, &values);
 }
 
 /// What may be infinite and still give finite numbers: a variance, which only ever divides, and what drives a gate.
@@ -460,7 +419,7 @@ fn weights_that_are_not_numbers() {
             let values = if may_be_infinite(name) { &[f32::NAN][..] } else { &[f32::NAN, infinity] };
             for &value in values {
                 let folder = Folder::of(&tiny());
-                folder.edit_weights(part, |tensors| spoil(value, &mut tensors[i]));
+                folder.edit_weights(part, |tensors| tensors[i].fill(value));
                 let found = open(folder.path()).and_then(|model| use_all(&model));
                 let count = format!("{} that are not", tensor.floats().len());
                 let named =
@@ -516,7 +475,7 @@ fn tokenizers_of_other_text_towers() {
         folder.edit_json("text_encoder/config.json", |json| json["vocab_size"] = json!(2000));
         folder.edit_weights("text_encoder", |tensors| {
             let tokens = tensors.iter_mut().find(|t| t.name.ends_with("token_embedding.weight")).unwrap();
-            widen(tokens, 0, 2000);
+            tokens.resize(0, 2000);
         });
     });
     let parts = ["tokenizer.json", "ids below 2000", "2049"];
@@ -526,7 +485,7 @@ fn tokenizers_of_other_text_towers() {
         folder.edit_json("text_encoder/config.json", |json| json["vocab_size"] = json!(2060));
         folder.edit_weights("text_encoder", |tensors| {
             let tokens = tensors.iter_mut().find(|t| t.name.ends_with("token_embedding.weight")).unwrap();
-            widen(tokens, 0, 2060);
+            tokens.resize(0, 2060);
         });
     });
     assert_eq!(model.unwrap().tokenize(Stage::C, "a cat").unwrap().dims(), [77]);
@@ -534,19 +493,24 @@ fn tokenizers_of_other_text_towers() {
 
 #[test]
 fn other_generations() {
-    for (class, generation) in [
-        ("WuerstchenCombinedPipeline", "generation 2"),
-        ("WuerstchenPriorPipeline", "generation 2"),
-        ("WuerstchenDecoderPipeline", "generation 2"),
-        ("StableCascadeCombinedPipeline", "generation 3"),
-        ("StableCascadePriorPipeline", "generation 3"),
-        ("StableCascadeDecoderPipeline", "generation 3"),
+    // diffusers' own files have other fields: lists of library and class.
+    let of_class = |class: &str| {
+        let index = json!({"_class_name": class, "prior": ["diffusers", "AClass"], "tokenizer": null});
+        opened(|folder| folder.write("model_index.json", index.to_string())).1
+    };
+    for class in
+        ["StableCascadeCombinedPipeline", "StableCascadePriorPipeline", "StableCascadeDecoderPipeline"]
+    {
+        let parts = ["model_index.json", class, "generation 3", "generations 1, the paper's, and 2"];
+        assert_error(class, of_class(class), Kind::Unsupported, &parts);
+    }
+    // v2 is read, but its parts are not those of a v1 folder.
+    for (class, missing) in [
+        ("WuerstchenCombinedPipeline", "prior_text_encoder/config.json"),
+        ("WuerstchenPriorPipeline", "prior/config.json"),
+        ("WuerstchenDecoderPipeline", "scheduler/scheduler_config.json"),
     ] {
-        // diffusers' own files have other fields: lists of library and class.
-        let index =
-            json!({"_class_name": class, "prior": ["diffusers", "WuerstchenPrior"], "tokenizer": null});
-        let result = opened(|folder| folder.write("model_index.json", index.to_string())).1;
-        assert_error(class, result, Kind::Unsupported, &[generation, "WuerstchenV1Pipeline"]);
+        assert_error(class, of_class(class), Kind::Io, &[missing, "No such file"]);
     }
     for class in [json!("StableDiffusionPipeline"), json!(""), json!(1), Value::Null] {
         let result =
@@ -558,27 +522,12 @@ fn other_generations() {
     assert_error("version 2", result, Kind::Unsupported, &["format_version 2", "version 1"]);
 }
 
-/// Splits the weights of a part over two files and an index.
-fn shard(folder: &Folder, part: &str) {
-    let tensors = read_tensors(&folder.path().join(part).join(WEIGHTS));
-    let (first, second) = tensors.split_at(tensors.len() / 3);
-    let names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-    let mut map = HashMap::new();
-    for (tensors, file) in [first, second].into_iter().zip(names) {
-        folder.write(&format!("{part}/{file}"), file_of(tensors));
-        map.extend(tensors.iter().map(|t| (t.name.clone(), file)));
-    }
-    let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
-    folder.write(&format!("{part}/{WEIGHTS}.index.json"), index.to_string());
-    folder.remove(&format!("{part}/{WEIGHTS}"));
-}
-
 #[test]
 fn weights_in_shards() {
     let whole = open(&tiny()).unwrap();
     let expected = picture(&whole, &short(&whole, "a cat"));
     for part in PARTS {
-        let (_folder, model) = opened(|folder| shard(folder, part));
+        let (_folder, model) = opened(|folder| drop(folder.shard(part)));
         let model = model.unwrap();
         assert_eq!(picture(&model, &short(&model, "a cat")).data(), expected.data(), "{part}");
         let count = |info: wuerstchen::ModelInfo| {
@@ -598,12 +547,12 @@ fn weights_in_shards() {
     let second = "model-00002-of-00002.safetensors";
     let file = format!("stage_c/{second}");
     let result = opened(|folder| {
-        shard(folder, "stage_c");
+        folder.shard("stage_c");
         folder.remove(&file);
     });
     assert_error("no shard", result.1, Kind::Io, &[&file, "No such file"]);
     let result = opened(|folder| {
-        shard(folder, "stage_c");
+        folder.shard("stage_c");
         let mut tensors = read_tensors(&folder.path().join(&file));
         tensors.pop();
         folder.write(&file, file_of(&tensors));
@@ -611,9 +560,9 @@ fn weights_in_shards() {
     assert_error("a short shard", result.1, Kind::Format, &[&file, "index.json", "none of this name"]);
     // Weights that are no numbers are named by their shard's own name too.
     let (_folder, model) = opened(|folder| {
-        shard(folder, "stage_c");
+        folder.shard("stage_c");
         let mut tensors = read_tensors(&folder.path().join(&file));
-        spoil(f32::NAN, tensors.iter_mut().find(|t| t.name == "projection.weight").unwrap());
+        tensors.iter_mut().find(|t| t.name == "projection.weight").unwrap().fill(f32::NAN);
         folder.write(&file, file_of(&tensors));
     });
     let model = model.unwrap();

@@ -19,8 +19,10 @@ impl Drop for Part {
     }
 }
 
-/// A part with the tensors of a list, `left_out` excepted.
+/// A part with the tensors of a list, `left_out` excepted, under the file name that its makers give it.
 fn part(list: &str, class: &str, left_out: Option<&str>) -> Part {
+    let diffusers = list.contains("v2_");
+    let file = if diffusers { "diffusion_pytorch_model.safetensors" } else { "model.safetensors" };
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     let text = std::fs::read_to_string(fixtures.join(list).with_extension("json")).unwrap();
     let shapes: Value = serde_json::from_str(&text).unwrap();
@@ -42,7 +44,7 @@ fn part(list: &str, class: &str, left_out: Option<&str>) -> Part {
     let mut header = Value::Object(header).to_string();
     // Data that starts at a whole number is used where it lies; anything else would be copied.
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-    let mut file = std::fs::File::create(folder.join("model.safetensors")).unwrap();
+    let mut file = std::fs::File::create(folder.join(file)).unwrap();
     file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
     file.write_all(header.as_bytes()).unwrap();
     file.set_len(8 + header.len() as u64 + end).unwrap();
@@ -74,4 +76,12 @@ fn stages() {
     check("shapes_full/v1_stage_a", "VQModel", "up_blocks.13.weight", load::stage_a);
     check("shapes_full/v1_stage_b", "Paella", "up_blocks.1.36.1.weight", load::stage_b);
     check("shapes_full/v1_stage_c", "Prior", "blocks.95.attention.attn.in_proj_weight", load::stage_c);
+}
+
+#[test]
+fn parts_of_v2() {
+    let decoder = "up_blocks.1.0.channelwise.0.weight";
+    check("shapes_full/v2_prior", "WuerstchenPrior", "blocks.95.attention.to_k.weight", load::prior);
+    check("shapes_full/v2_decoder", "WuerstchenDiffNeXt", decoder, load::decoder);
+    check("shapes_full/v2_vqgan", "PaellaVQModel", "vquantizer.embedding.weight", load::vq_model);
 }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/folder.rs"]
+mod folder;
 #[path = "common/fuzz.rs"]
 mod fuzz;
 
@@ -11,7 +13,7 @@ use std::time::Instant;
 use wuerstchen::text::Tokenizer;
 use wuerstchen::weights::config::{ModelIndex, StageCConfig};
 use wuerstchen::weights::{STEMS, WeightFile, Weights};
-use wuerstchen::{DType, Error};
+use wuerstchen::{DType, Error, GenerateOptions};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
 
@@ -392,4 +394,66 @@ fn mutated_files() {
     let report = fuzz::fuzz_files(4000, 7);
     assert_eq!(report.panics, Vec::<String>::new());
     assert!(report.accepted > 100 && report.refused > 1000, "{report:?}");
+}
+
+/// Any file of a whole v2 model: what opens makes a picture or says what is wrong.
+#[test]
+fn mutated_models_of_v2() {
+    let mut files = vec!["model_index.json".to_owned()];
+    for part in folder::V2_PARTS {
+        files.extend([format!("{part}/config.json"), folder::weights_of(&folder::v2("model"), part)]);
+    }
+    for part in ["prior_scheduler", "scheduler"] {
+        files.push(format!("{part}/scheduler_config.json"));
+    }
+    for part in ["prior_tokenizer", "tokenizer"] {
+        files.extend([format!("{part}/tokenizer.json"), format!("{part}/tokenizer_config.json")]);
+    }
+    let model = folder::Folder::of(&folder::v2("model"));
+    let originals: Vec<Vec<u8>> = files.iter().map(|name| model.read(name)).collect();
+    let (mut opened, mut refused, mut pictures) = (0, 0, 0);
+    for case in 0..600 {
+        let mut random = fuzz::Random(case * 7919 + 3);
+        let chosen = random.below(files.len());
+        let (name, original) = (&files[chosen], &originals[chosen]);
+        let mut bytes = original.clone();
+        if name.ends_with(".safetensors") {
+            // Of the weights only the header: numbers have no form that can be wrong.
+            let end = 8 + u64::from_le_bytes(original[..8].try_into().unwrap()) as usize;
+            let mut header = original[8..end].to_vec();
+            fuzz::mutate(&mut random, &mut header);
+            let change = header.len() as isize - (end - 8) as isize;
+            bytes = [&original[..8], &header, &original[end..]].concat();
+            fuzz::mend_safetensors(&mut bytes, change);
+        } else {
+            fuzz::mutate(&mut random, &mut bytes);
+        }
+        model.write(name, &bytes);
+        match folder::open(model.path()) {
+            Err(error) => {
+                let text = error.to_string();
+                assert!(!text.contains("internal error"), "case {case}, {name}: {text}");
+                refused += 1;
+            }
+            Ok(model) => {
+                opened += 1;
+                let mut options = GenerateOptions::new(&model).unwrap();
+                options.add_prompt("a cat", None).unwrap();
+                options.set_stage_c(1, 2.0).unwrap();
+                options.set_stage_b(1, 2.0).unwrap();
+                if options.set_size(128, 128).is_ok() {
+                    match model.generate(&options) {
+                        Ok(_) => pictures += 1,
+                        Err(error @ Error::Internal { .. }) => panic!("case {case}, {name}: {error}"),
+                        Err(_) => {}
+                    }
+                }
+            }
+        }
+        model.write(name, original);
+    }
+    assert!(
+        opened > 15 && refused > 200 && pictures > 15,
+        "{opened} opened, {refused} refused, {pictures} pictures"
+    );
 }

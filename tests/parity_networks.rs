@@ -1,12 +1,20 @@
-//! Every v1 network against the authors' own code, in f32.
+//! Every network against the authors' own code, in f32: first v1's, then v2's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
 use common::{Case, NETWORK_TOLERANCE, context, fixtures};
+use wuerstchen::nn::{Linear, Params};
+use wuerstchen::ops::embedding::embedding;
+use wuerstchen::ops::linear::{Activation, Epilogue};
+use wuerstchen::ops::resize::{Corners, Filter, resize};
 use wuerstchen::pipeline::load;
-use wuerstchen::stages::blocks::{Conditioning, timestep_embedding};
+use wuerstchen::stages::blocks::{
+    AttnConfig, Blocks, Conditioning, Invariants, Joined, Joining, RunConfig, attend, timestep_embedding,
+};
+use wuerstchen::stages::stage_c::StageC;
+use wuerstchen::weights::{Renamed, STEMS, Weights, v2};
 use wuerstchen::{Context, DType, Tensor};
 
 fn ids_and_lengths(case: &Case) -> (Tensor, Vec<usize>) {
@@ -121,10 +129,8 @@ fn stage_b_with_other_options() {
     check_stage_b("stage_b_alt_forward", "extra/stage_b_alt", 1);
 }
 
-#[test]
-fn stage_c() {
-    let (cx, case) = (context(), Case::read("stage_c_forward"));
-    let network = load::stage_c(&fixtures().join("model/stage_c")).unwrap().network;
+fn check_stage_c(case: &str, network: &StageC) {
+    let (cx, case) = (context(), Case::read(case));
     for i in 0..2 {
         let name = |tensor: &str| format!("{i}.{tensor}");
         let times = case.floats(&name("r"));
@@ -135,6 +141,11 @@ fn stage_c() {
         let noise = network.forward(&cx, &case.image(&name("x")), conditioning).unwrap();
         case.assert_image(&name("noise"), &noise, NETWORK_TOLERANCE);
     }
+}
+
+#[test]
+fn stage_c() {
+    check_stage_c("stage_c_forward", &load::stage_c(&fixtures().join("model/stage_c")).unwrap().network);
 }
 
 /// Half-precision weights: the network over stored halves against the one over the same values widened.
@@ -152,4 +163,115 @@ fn half_precision_weights_are_used_as_stored() {
     let stored = wuerstchen::ops::linear::linear(&cx, &x, &weight, &then).unwrap();
     let wide = wuerstchen::ops::linear::linear(&cx, &x, &widened, &then).unwrap();
     assert_eq!(stored.slice::<f32>().unwrap(), wide.slice::<f32>().unwrap());
+}
+
+#[test]
+fn v2_text_encoders() {
+    let (cx, case) = (context(), Case::read("v2_text_encoder"));
+    let (ids, lengths) = ids_and_lengths(&case);
+    for (folder, name) in [("prior_text_encoder", "prior"), ("text_encoder", "decoder")] {
+        let part = load::text_encoder(&fixtures().join("v2/model").join(folder)).unwrap();
+        let hidden = part.network.forward(&cx, &ids, Some(&lengths)).unwrap();
+        case.assert_tensor(&format!("{name}.last_hidden_state"), &hidden, NETWORK_TOLERANCE);
+    }
+}
+
+#[test]
+fn v2_prior() {
+    check_stage_c(
+        "v2_prior_forward",
+        &load::prior(&fixtures().join("v2/model/prior_prior")).unwrap().network,
+    );
+}
+
+/// The prior block by block: runs of its first 1 to 6 blocks.
+#[test]
+fn v2_prior_blocks() {
+    let (cx, case) = (context(), Case::read("v2_prior_forward"));
+    let folder = fixtures().join("v2/model/prior_prior");
+    let sizes = *load::prior(&folder).unwrap().network.config();
+    let weights = Weights::open(&folder, STEMS).unwrap();
+    let source = Renamed::new(&weights, v2::prior);
+    let p = Params::new(&source);
+    let layer = |name: &str, inputs| Linear::load(&p.sub(name), inputs, sizes.channels).unwrap();
+    let (text_in, text_out) = (layer("text.in", sizes.text_width), layer("text.out", sizes.channels));
+    let input = Linear::load_conv1x1(&p.sub("input"), sizes.latent_channels, sizes.channels).unwrap();
+    let leaky = Epilogue { activation: Activation::LeakyRelu(0.2), ..Epilogue::default() };
+    for i in 0..2 {
+        let name = |tensor: &str| format!("{i}.{tensor}");
+        let text = text_in.forward_then(&cx, &case.tensor(&name("c")), leaky).unwrap();
+        let text = text_out.forward(&cx, &text).unwrap();
+        for count in 1..=6 {
+            let run = RunConfig {
+                letters: &"CTACTA"[..count],
+                repeats: 1,
+                attn: AttnConfig {
+                    channels: sizes.channels,
+                    condition_width: sizes.channels,
+                    heads: sizes.heads,
+                    self_attention: true,
+                },
+                time_width: sizes.time_width,
+                kernel: 3,
+                joining: Joining::BeforeConvolution,
+                skip_channels: 0,
+                first: 0,
+            };
+            let mut invariants = Invariants::default();
+            let blocks = Blocks::load(&p.sub("blocks"), &run, &mut invariants).unwrap();
+            let times = case.floats(&name("r"));
+            let modulations = invariants.modulations(&cx, times, sizes.time_width).unwrap();
+            let attended = [attend(&cx, std::iter::once(&blocks), &text).unwrap()];
+            let conditioning = Conditioning { modulations: &modulations, attended: &attended };
+            let x = input.forward(&cx, &case.image(&name("x"))).unwrap();
+            let x = blocks.forward(&cx, x, Joined::default(), conditioning).unwrap();
+            case.assert_image(&name(&format!("block.{}", count - 1)), &x, NETWORK_TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn v2_decoder() {
+    let (cx, case) = (context(), Case::read("v2_decoder_forward"));
+    let network = load::decoder(&fixtures().join("v2/model/decoder")).unwrap().network;
+    for i in 0..2 {
+        let name = |tensor: &str| format!("{i}.{tensor}");
+        let times = case.floats(&name("r"));
+        check_time_embedding(&cx, &case, &name(""), times);
+        let (x, image) = (case.image(&name("x")), case.image(&name("effnet")));
+        for level in 1..3 {
+            let resized = name(&format!("effnet_resized.{level}"));
+            let [_, _, h, w] = case.shape(&resized).try_into().unwrap();
+            let found = resize(&cx, &image, [h, w], Filter::Bicubic, Corners::Centres).unwrap();
+            case.assert_image(&resized, &found, NETWORK_TOLERANCE);
+        }
+        let [_, h, w, _] = x.dims_of("latents").unwrap();
+        let injected = network.inject(&cx, &image, (h, w)).unwrap();
+        let attended = [network.attend_to_text(&cx, &case.tensor(&name("clip"))).unwrap()];
+        let modulations = network.modulations(&cx, times).unwrap();
+        let conditioning = Conditioning { modulations: &modulations, attended: &attended };
+        let noise = network.forward(&cx, &x, conditioning, &injected).unwrap();
+        case.assert_image(&name("noise"), &noise, NETWORK_TOLERANCE);
+    }
+}
+
+#[test]
+fn v2_vq_model() {
+    let (cx, case) = (context(), Case::read("v2_vqgan"));
+    let network = load::vq_model(&fixtures().join("v2/model/vqgan")).unwrap().network;
+    // The reference decodes what the scale factor is in already.
+    let decode = |latents: &Tensor| {
+        let scale = network.config().scale_factor;
+        let unscaled: Vec<f32> = latents.slice::<f32>().unwrap().iter().map(|v| v / scale).collect();
+        network.decode_latents(&cx, &Tensor::from_slice(latents.dims(), &unscaled).unwrap()).unwrap()
+    };
+    let encoded = network.encode(&cx, &case.image("image")).unwrap();
+    case.assert_image("encoded", &encoded, NETWORK_TOLERANCE);
+    case.assert_image("roundtrip", &decode(&encoded), NETWORK_TOLERANCE);
+    let latents = case.image("latents");
+    case.assert_image("decoded", &decode(&latents), NETWORK_TOLERANCE);
+    let tokens = network.quantize(&cx, &latents).unwrap();
+    case.assert_tokens("indices", &tokens.reshape(&[tokens.elements()]).unwrap());
+    case.assert_image("quantised", &embedding(&cx, &tokens, network.codebook()).unwrap(), NETWORK_TOLERANCE);
+    case.assert_image("decoded_quantised", &network.decode_tokens(&cx, &tokens).unwrap(), NETWORK_TOLERANCE);
 }

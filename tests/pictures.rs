@@ -7,19 +7,15 @@ mod folder;
 
 mod common;
 
-use std::sync::{Arc, Mutex};
-
 use common::Case;
-use folder::{Folder, PARTS, WEIGHTS, bare, emoji, open, picture, read_tensors, short, tiny};
+use folder::{PARTS, bare, distance, emoji, open, picture, reports, rounded, short, tiny};
 use safetensors::Dtype;
 use wuerstchen::diffusion::latents::{ddim_step, ddpm_step};
 use wuerstchen::diffusion::schedule::{CosineSchedule, linspace};
 use wuerstchen::image::from_pixels;
 use wuerstchen::pipeline::load;
 use wuerstchen::stages::blocks::Conditioning;
-use wuerstchen::{
-    Choice, Error, GenerateOptions, Image, Model, ModelOptions, Progress, Sampler, Stage, Tensor,
-};
+use wuerstchen::{Choice, Error, GenerateOptions, Image, Model, ModelOptions, Sampler, Stage, Tensor};
 
 const WHITE: [u8; 3] = [255, 255, 255];
 const RED: [u8; 3] = [220, 30, 30];
@@ -53,13 +49,6 @@ fn means(image: &Image) -> [f64; 3] {
         sums.iter_mut().zip(pixel).for_each(|(sum, v)| *sum += f64::from(*v));
     }
     sums.map(|sum| sum / f64::from(image.width() * image.height()))
-}
-
-/// Mean absolute difference of two pictures of one size.
-fn distance(a: &Image, b: &Image) -> f64 {
-    assert_eq!((a.width(), a.height()), (b.width(), b.height()));
-    let sum: f64 = a.data().iter().zip(b.data()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
-    sum / a.data().len() as f64
 }
 
 fn argument(error: Error, parts: &[&str]) {
@@ -384,21 +373,6 @@ fn timesteps_replace_steps() {
     argument(options.set_stage_c_timesteps(&many).unwrap_err(), &["10000", "10001"]);
 }
 
-/// All reports of a generation.
-fn reports(model: &Model, mut options: GenerateOptions) -> Vec<Progress> {
-    let heard = Arc::new(Mutex::new(Vec::new()));
-    let ear = heard.clone();
-    let caller = std::thread::current().id();
-    options
-        .set_progress(Some(Arc::new(move |progress: &Progress| {
-            assert_eq!(std::thread::current().id(), caller, "reports come on the thread that called");
-            ear.lock().unwrap().push(progress.clone());
-        })))
-        .unwrap();
-    model.generate(&options).unwrap();
-    std::mem::take(&mut *heard.lock().unwrap())
-}
-
 #[test]
 fn progress_counts_every_step() {
     let model = open(&emoji()).unwrap();
@@ -638,26 +612,6 @@ fn extreme_options() {
     }
 }
 
-/// Copies of the tiny model: its weights rounded to a type, and the rounded numbers widened to F32 again.
-fn rounded(dtype: Dtype) -> (Folder, Folder) {
-    let (stored, widened) = (Folder::of(&tiny()), Folder::of(&tiny()));
-    for part in PARTS {
-        stored.edit_weights(part, |tensors| {
-            for tensor in tensors.iter_mut().filter(|t| t.is_float()) {
-                let values = tensor.floats();
-                tensor.set(dtype, &values);
-            }
-        });
-        let mut tensors = read_tensors(&stored.path().join(part).join(WEIGHTS));
-        for tensor in tensors.iter_mut().filter(|t| t.is_float()) {
-            let values = tensor.floats();
-            tensor.set(Dtype::F32, &values);
-        }
-        widened.write(&format!("{part}/{WEIGHTS}"), folder::file_of(&tensors));
-    }
-    (stored, widened)
-}
-
 /// What every network makes of the reference's inputs: name, output and what the reference made of them.
 fn outputs(folder: &std::path::Path) -> Vec<(&'static str, Tensor, Vec<f32>)> {
     let cx = common::context();
@@ -709,7 +663,7 @@ fn outputs(folder: &std::path::Path) -> Vec<(&'static str, Tensor, Vec<f32>)> {
 fn weights_of_every_type() {
     // What rounding the weights alone may change: a few times half the last place of their mantissas.
     for (dtype, tolerance) in [(Dtype::F32, 2e-5), (Dtype::F16, 2e-3), (Dtype::BF16, 2e-2)] {
-        let (stored, widened) = rounded(dtype);
+        let (stored, widened) = rounded(&tiny(), &PARTS, dtype);
         let reference = outputs(widened.path());
         for ((name, found, expected), (_, wide, _)) in outputs(stored.path()).iter().zip(&reference) {
             assert_eq!(found.bytes(), wide.bytes(), "{name} in {dtype:?}: not what the numbers give in F32");

@@ -48,7 +48,7 @@ func (m *Model) EncodeText(stage Stage, texts ...string) (*Tensor, error) {
 	})
 }
 
-// EncodeImage returns the latents of pictures, which Stage C learns to draw: [N, 16, h, w].
+// EncodeImage returns the latents of pictures as Stage B takes them: [N, 16, h, w].
 func (m *Model) EncodeImage(pictures ...image.Image) (*Tensor, error) {
 	images, err := newImages("pictures", pictures)
 	defer freeImages(images)
@@ -83,8 +83,9 @@ func (m *Model) StageADecode(tokensOrLatents *Tensor) (*Tensor, error) {
 	}, input{"tokens or latents", tokensOrLatents})
 }
 
-// StageBPredict runs Stage B once: the tokens x at times t [N], conditioned on
-// latents and text, give the logits of every token.
+// StageBPredict runs Stage B once at times t [N], conditioned on latents and
+// text. In v1 x is tokens and gives the logits of every token; in v2 x is Stage
+// A's latents [N, 4, H, W] and gives the noise in them.
 func (m *Model) StageBPredict(x, t, latents, text *Tensor) (*Tensor, error) {
 	return m.withTensors(func(model *C.wst_model, in []*C.wst_tensor, out **C.wst_tensor) error {
 		var cError *C.wst_error
@@ -92,8 +93,9 @@ func (m *Model) StageBPredict(x, t, latents, text *Tensor) (*Tensor, error) {
 	}, input{"x", x}, input{"t", t}, input{"latents", latents}, input{"text", text})
 }
 
-// StageBSample walks from noise to the tokens that latents and text describe.
-// negativeText may be nil. Of the options those of Stage B and the seed count.
+// StageBSample walks from noise to what StageADecode takes, as latents and text
+// describe it: tokens (v1) or latents (v2). negativeText may be nil. Of the
+// options those of Stage B and the seed count.
 func (m *Model) StageBSample(ctx context.Context, latents, text, negativeText *Tensor, options ...GenerateOption) (*Tensor, error) {
 	return m.sample(ctx, options, func(model *C.wst_model, in []*C.wst_tensor, chosen *generateOptions, out **C.wst_tensor) error {
 		var cError *C.wst_error
@@ -109,7 +111,7 @@ func (m *Model) StageCPredict(x, t, text *Tensor) (*Tensor, error) {
 	}, input{"x", x}, input{"t", t}, input{"text", text})
 }
 
-// StageCSample walks from noise to the latents that a text describes.
+// StageCSample walks from noise to the latents that a text describes, as Stage B takes them.
 // negativeText may be nil, and so may initialNoise: then it comes from the seed.
 func (m *Model) StageCSample(ctx context.Context, text, negativeText, initialNoise *Tensor, options ...GenerateOption) (*Tensor, error) {
 	return m.sample(ctx, options, func(model *C.wst_model, in []*C.wst_tensor, chosen *generateOptions, out **C.wst_tensor) error {

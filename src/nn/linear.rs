@@ -4,6 +4,7 @@ use super::Params;
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::linear::{Activation, Epilogue, linear};
+use crate::ops::residual_mlp::Dense;
 use crate::tensor::Tensor;
 
 /// y = x Wᵀ + bias, with whatever the epilogue adds.
@@ -21,14 +22,6 @@ impl Linear {
     pub fn load(p: &Params, inputs: usize, outputs: usize) -> Result<Self> {
         let bias = Some(p.tensor("bias", &[outputs])?);
         Ok(Linear { weight: p.tensor("weight", &[outputs, inputs])?, bias })
-    }
-
-    /// Reads only `weight`.
-    ///
-    /// # Errors
-    /// As [`Linear::load`].
-    pub fn load_without_bias(p: &Params, inputs: usize, outputs: usize) -> Result<Self> {
-        Ok(Linear { weight: p.tensor("weight", &[outputs, inputs])?, bias: None })
     }
 
     /// Reads a 1x1 convolution: `weight` `[outputs, inputs, 1, 1]` and `bias`.
@@ -62,6 +55,11 @@ impl Linear {
     /// The bias `[outputs]`, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
+    }
+
+    /// The layer as a part of an MLP.
+    pub fn as_dense(&self) -> Dense<'_> {
+        Dense { weight: &self.weight, bias: self.bias.as_ref() }
     }
 
     /// # Shapes

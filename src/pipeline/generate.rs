@@ -252,6 +252,7 @@ impl Run<'_> {
     /// A short Stage B from the clean latents that the first picture's state implies.
     fn preview_of_latents(&self, walk: &StageCWalk, texts: &Texts, step: LatentStep) -> Result<Image> {
         let clean = walk.implied_clean(&step)?;
+        check_finite(&clean, "Stage C", &self.model.prior()?.stage_c.weights)?;
         let short = StageBWalk::preview(self.model, self.options, &self.cx, self.latent_grid())?;
         self.decode(&short.glance(&clean, texts)?)
     }

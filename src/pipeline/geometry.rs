@@ -4,7 +4,7 @@ use super::halves::{Decoder, Halves};
 use crate::error::{Error, Result};
 use crate::stages::image_encoder::ImageEncoderConfig;
 
-/// How far EfficientNetV2 shrinks a picture.
+/// How far EfficientNetV2 shrinks a picture, where no image encoder says so.
 const ENCODER_FACTOR: usize = 32;
 
 /// Beyond any picture that can be asked for, in pixels: where the search for a side that fits ends.
@@ -34,7 +34,7 @@ enum Rule {
     /// v1: latents are what the image encoder gives for the picture; Stage B's grid follows the picture.
     Encoder { image_size: usize, encoder_size: usize, encoder: Option<ImageEncoderConfig> },
     /// v2: latents are ceil(pixels / resolution_multiple), Stage B's grid is floor(latents * latent_dim_scale).
-    Ratios { resolution_multiple: f64, latent_dim_scale: f64 },
+    Ratios { resolution_multiple: f64, latent_dim_scale: f64, encoder_factor: usize },
 }
 
 impl Geometry {
@@ -44,15 +44,17 @@ impl Geometry {
             factor: decoder.stage_a.network.config().factor(),
             multiple: decoder.stage_b.grid_multiple(),
         };
+        let encoder = halves.image.as_ref().map(|image| image.encoder.network.config().clone());
         let rule = match index.pipeline.generation() {
             1 => Rule::Encoder {
                 image_size: index.image_size,
                 encoder_size: index.image_encoder_size,
-                encoder: halves.image.as_ref().map(|image| image.encoder.network.config().clone()),
+                encoder,
             },
             _ => Rule::Ratios {
                 resolution_multiple: index.v2.resolution_multiple,
                 latent_dim_scale: index.v2.latent_dim_scale,
+                encoder_factor: encoder.map_or(ENCODER_FACTOR, |encoder| encoder.factor()),
             },
         };
         Geometry { default_side: index.image_size, grid: halves.decoder.as_ref().map(grid), rule }
@@ -116,7 +118,7 @@ impl Geometry {
             Rule::Encoder { image_size, encoder_size, .. } => {
                 ((side * encoder_size + image_size / 2) / image_size).max(1)
             }
-            Rule::Ratios { .. } => self.latent_side(side) * ENCODER_FACTOR,
+            Rule::Ratios { encoder_factor, .. } => self.latent_side(side).saturating_mul(*encoder_factor),
         }
     }
 

@@ -15,7 +15,7 @@ use crate::stages::stage_b::StageB;
 use crate::stages::stage_c::StageC;
 use crate::tensor::{DType, Tensor};
 use crate::weights::Weights;
-use crate::weights::config::{ModelIndex, Pipeline};
+use crate::weights::config::{CONFIG_FILE, GenerationDefaults, ModelIndex, Pipeline};
 
 /// Text to latents.
 pub(super) struct Prior {
@@ -42,6 +42,12 @@ impl Decoder {
             DType::I64 => self.stage_a.network.decode_tokens(cx, tokens_or_latents),
             _ => self.stage_a.network.decode_latents(cx, tokens_or_latents),
         }
+    }
+}
+
+impl TextPart {
+    fn width(&self) -> Field<'_> {
+        Field::of(&self.tower.weights, "hidden_size", self.tower.network.config().width)
     }
 }
 
@@ -79,11 +85,12 @@ impl StageBPart {
         }
     }
 
-    fn text_width(&self) -> usize {
-        match self {
-            StageBPart::Tokens(part) => part.network.config().text_width,
-            StageBPart::Latents(part, _) => part.network.config().text_width,
-        }
+    fn text_width(&self) -> Field<'_> {
+        let (name, width) = match self {
+            StageBPart::Tokens(part) => ("byt5_embd", part.network.config().text_width),
+            StageBPart::Latents(part, _) => ("clip_embd", part.network.config().text_width),
+        };
+        Field::of(self.weights(), name, width)
     }
 }
 
@@ -123,11 +130,12 @@ impl Halves {
             1 => Self::open_v1(path, options, index)?,
             2 => Self::open_v2(path, options, index)?,
             generation => {
-                let what = format!("generation {generation} of the model family");
-                return Err(Error::unsupported(what, "this version runs v1, the paper's, and v2"));
+                let (file, class) = (path.join(ModelIndex::FILE), index.pipeline.class_name());
+                let what = format!("{}: a {class}, generation {generation}", file.display());
+                return Err(Error::unsupported(what, "this version runs generations 1, the paper's, and 2"));
             }
         };
-        halves.check_fit(path)?;
+        halves.check_fit()?;
         Ok(halves)
     }
 
@@ -168,14 +176,21 @@ impl Halves {
             Some((folder, _)) => image_encoder(folder)?,
             None => None,
         };
-        // Each half's own file says how it is sized and scaled.
+        // Each half's own file says how it is sized, scaled and best run.
         if let Some((_, own)) = &prior_from {
             index.v2.latent_mean = own.v2.latent_mean;
             index.v2.latent_std = own.v2.latent_std;
             index.v2.resolution_multiple = own.v2.resolution_multiple;
+            index.defaults = GenerationDefaults {
+                stage_b_steps: index.defaults.stage_b_steps,
+                stage_b_guidance: index.defaults.stage_b_guidance,
+                ..own.defaults.clone()
+            };
         }
         if let Some((_, own)) = &decoder_from {
             index.v2.latent_dim_scale = own.v2.latent_dim_scale;
+            index.defaults.stage_b_steps = own.defaults.stage_b_steps;
+            index.defaults.stage_b_guidance = own.defaults.stage_b_guidance;
         }
         let prior = prior_from.map(|(folder, own)| open_prior(&folder, &own)).transpose()?;
         let decoder = decoder_from.map(|(folder, _)| open_decoder(&folder)).transpose()?;
@@ -184,42 +199,66 @@ impl Halves {
 
     /// # Errors
     /// `Format` if the sizes of one part contradict another's.
-    fn check_fit(&self, path: &Path) -> Result<()> {
-        let (prior, decoder) = (self.prior.as_ref(), self.decoder.as_ref());
-        let latents = prior.map(|p| p.stage_c.network.config().latent_channels);
-        let mut pairs = Vec::new();
-        if let Some(Prior { text, stage_c, .. }) = prior {
-            let (c, width) = (stage_c.network.config(), text.tower.network.config().width);
-            pairs.push(("Stage C: c_cond", c.text_width, "its text encoder: hidden_size", width));
-        }
-        if let Some(Decoder { text, stage_b, stage_a }) = decoder {
-            let (a, width) = (stage_a.network.config(), text.tower.network.config().width);
-            pairs.push(("Stage B: text width", stage_b.text_width(), "its text encoder: hidden_size", width));
-            if let Some(latents) = latents {
-                pairs.push(("Stage B: effnet_embd", stage_b.latent_channels(), "Stage C: c_in", latents));
+    fn check_fit(&self) -> Result<()> {
+        let latents = self.prior.as_ref().map(|prior| {
+            Field::of(&prior.stage_c.weights, "c_in", prior.stage_c.network.config().latent_channels)
+        });
+        if let Some(Decoder { text, stage_b, stage_a }) = &self.decoder {
+            stage_b.text_width().expect(&text.width())?;
+            if let Some(latents) = &latents {
+                Field::of(stage_b.weights(), "effnet_embd", stage_b.latent_channels()).expect(latents)?;
             }
-            pairs.push(match stage_b {
+            let (a, field) = (stage_a.network.config(), |name, size| Field::of(&stage_a.weights, name, size));
+            match stage_b {
                 StageBPart::Tokens(part) => {
-                    let labels = part.network.config().codebook_size;
-                    ("Stage B: num_labels", labels, "Stage A: codebook_size", a.codebook_size)
+                    let tokens = part.network.config().codebook_size;
+                    let codes = field("codebook_size", a.codebook_size);
+                    Field::of(&part.weights, "num_labels", tokens).expect(&codes)?;
                 }
                 StageBPart::Latents(part, _) => {
                     let channels = part.network.config().latent_channels;
-                    ("Stage B: c_in", channels, "Stage A: latent_channels", a.latent_channels)
+                    let expected = field("latent_channels", a.latent_channels);
+                    Field::of(&part.weights, "c_in", channels).expect(&expected)?;
                 }
-            });
-        }
-        if let (Some(image), Some(latents)) = (&self.image, latents) {
-            let encoded = image.encoder.network.config().latent_channels;
-            pairs.push(("Stage C: c_in", latents, "image_encoder: c_latent", encoded));
-        }
-        for (name, value, other, expected) in pairs {
-            if value != expected {
-                let place = format!("{}: {name}", path.display());
-                return Err(Error::format(place, format!("{expected}, as {other} says"), value));
             }
         }
+        if let Some(Prior { text, stage_c, .. }) = &self.prior {
+            let width = stage_c.network.config().text_width;
+            Field::of(&stage_c.weights, "c_cond", width).expect(&text.width())?;
+        }
+        if let (Some(latents), Some(image)) = (&latents, &self.image) {
+            let encoded = image.encoder.network.config().latent_channels;
+            latents.expect(&Field::of(&image.encoder.weights, "c_latent", encoded))?;
+        }
         Ok(())
+    }
+}
+
+/// A size that a part's configuration gives, and where.
+struct Field<'a> {
+    folder: &'a Path,
+    name: &'static str,
+    size: usize,
+}
+
+impl<'a> Field<'a> {
+    /// A size of the part that has these weights.
+    fn of(weights: &'a Weights, name: &'static str, size: usize) -> Self {
+        Field { folder: weights.path().parent().unwrap_or(weights.path()), name, size }
+    }
+
+    /// # Errors
+    /// `Format`, naming both, if the other part has another size.
+    fn expect(&self, other: &Field) -> Result<()> {
+        if self.size == other.size {
+            return Ok(());
+        }
+        // The other half may lie elsewhere: then its name alone would not do.
+        let beside = self.folder.parent().and_then(|root| other.folder.strip_prefix(root).ok());
+        let place = format!("{}: {}", self.folder.join(CONFIG_FILE).display(), self.name);
+        let other_folder = beside.unwrap_or(other.folder).display();
+        let expected = format!("{}, as {other_folder}: {} says", other.size, other.name);
+        Err(Error::format(place, expected, self.size))
     }
 }
 

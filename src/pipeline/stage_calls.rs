@@ -14,6 +14,7 @@ use crate::device::threads::run_apart_with_reserve;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
 use crate::error::{Error, Result};
 use crate::image::{Fit, Image, preprocess, to_pixels};
+use crate::ops::kernels::widened;
 use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
 
@@ -98,6 +99,7 @@ impl Model {
             let cx = self.context();
             let encoded = network.encode(&cx, &to_pixels(&cx, images)?)?;
             check_finite(&encoded, "Stage A", weights)?;
+            check_finite(&widened(&cx, "codebook", network.codebook())?, "Stage A", weights)?;
             network.quantize(&cx, &encoded)
         })
     }

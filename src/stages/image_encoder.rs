@@ -67,10 +67,18 @@ pub struct ImageEncoderConfig {
 }
 
 impl ImageEncoderConfig {
+    /// Pixels per latent and side, where the strides divide the picture.
+    pub fn factor(&self) -> usize {
+        self.strides().fold(1, usize::saturating_mul)
+    }
+
+    fn strides(&self) -> impl Iterator<Item = usize> {
+        self.stages.iter().map(|s| s.stride).chain([STEM_STRIDE])
+    }
+
     /// The latent side for a picture of `pixels` pixels: every layer of stride 2 halves it, rounding up.
     pub fn latent_side(&self, pixels: usize) -> usize {
-        let strides = self.stages.iter().map(|s| s.stride).chain([STEM_STRIDE]);
-        strides.fold(pixels, |side, stride| side.div_ceil(stride))
+        self.strides().fold(pixels, |side, stride| side.div_ceil(stride))
     }
 }
 

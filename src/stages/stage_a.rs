@@ -11,6 +11,7 @@ use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::{LayerNorm, layer_norm};
 use crate::ops::linear::{Activation, Epilogue};
 use crate::ops::pixel_shuffle::{pixel_shuffle, pixel_unshuffle};
+use crate::ops::residual_mlp::{ResidualMlp, residual_mlp};
 use crate::ops::vector_quantize::nearest;
 use crate::ops::widen::widen;
 use crate::tensor::Tensor;
@@ -119,11 +120,14 @@ impl Block {
         };
         let mixed = depthwise_conv(cx, &layer_norm(cx, &x, &norm)?, None, &conv)?;
         drop(x);
-        let norm = LayerNorm { scale: 1.0 + scale_mlp, shift: shift_mlp, ..norm };
-        let gelu = Epilogue { activation: Activation::Gelu, ..Epilogue::default() };
-        let hidden = self.expand.forward_then(cx, &layer_norm(cx, &mixed, &norm)?, gelu)?;
-        let then = Epilogue { gain: gain_mlp, residual: Some(&mixed), ..Epilogue::default() };
-        self.project.forward_then(cx, &hidden, then)
+        let mlp = ResidualMlp {
+            norm: LayerNorm { scale: 1.0 + scale_mlp, shift: shift_mlp, ..norm },
+            expand: self.expand.as_dense(),
+            activation: Activation::Gelu,
+            project: self.project.as_dense(),
+            gain: gain_mlp,
+        };
+        residual_mlp(cx, &mixed, &mlp)
     }
 }
 

@@ -3,18 +3,23 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use wuerstchen::{GenerateOptions, Image, Model, ModelOptions, Result};
+use wuerstchen::{GenerateOptions, Image, Model, ModelOptions, Progress, Result};
 
 /// The folders below a model's own, each with its weights.
 pub const PARTS: [&str; 5] = ["text_encoder", "stage_c", "stage_b", "stage_a", "image_encoder"];
 
-/// The parts' weight files.
+/// The same of a v2 model with both halves.
+pub const V2_PARTS: [&str; 5] = ["prior_text_encoder", "prior_prior", "text_encoder", "decoder", "vqgan"];
+
+/// The parts' weight files; diffusers has another name for its own networks'.
 pub const WEIGHTS: &str = "model.safetensors";
+pub const V2_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 /// The reference's model: random weights, the smallest sizes that have every kind of layer.
 pub fn tiny() -> PathBuf {
@@ -24,6 +29,17 @@ pub fn tiny() -> PathBuf {
 /// The trained model that comes with the library.
 pub fn emoji() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/emoji-v1")
+}
+
+/// The reference's v2 models: `model` with both halves, `prior` and `decoder` with one each.
+pub fn v2(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/v2").join(folder)
+}
+
+/// A part's weight file, seen from the model's folder.
+pub fn weights_of(model: &Path, part: &str) -> String {
+    let names = [WEIGHTS, V2_WEIGHTS].map(|name| format!("{part}/{name}"));
+    names.into_iter().find(|name| model.join(name).exists()).unwrap()
 }
 
 /// A model on two threads.
@@ -50,6 +66,10 @@ pub fn bare(model: &Model) -> GenerateOptions {
     options.set_stage_c(3, 3.0).unwrap();
     options.set_stage_b(3, 2.0).unwrap();
     options.set_seed(11).unwrap();
+    if model.info().generation == 2 {
+        // Its smallest size, not its recommended one.
+        options.set_size(128, 128).unwrap();
+    }
     options
 }
 
@@ -58,6 +78,28 @@ pub fn picture(model: &Model, options: &GenerateOptions) -> Image {
     let images = model.generate(options).unwrap();
     assert_eq!(images.len(), 1);
     images.into_iter().next().unwrap()
+}
+
+/// All reports of a generation.
+pub fn reports(model: &Model, mut options: GenerateOptions) -> Vec<Progress> {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let ear = heard.clone();
+    let caller = std::thread::current().id();
+    options
+        .set_progress(Some(Arc::new(move |progress: &Progress| {
+            assert_eq!(std::thread::current().id(), caller, "reports come on the thread that called");
+            ear.lock().unwrap().push(progress.clone());
+        })))
+        .unwrap();
+    model.generate(&options).unwrap();
+    std::mem::take(&mut *heard.lock().unwrap())
+}
+
+/// Mean absolute difference of two pictures of one size.
+pub fn distance(a: &Image, b: &Image) -> f64 {
+    assert_eq!((a.width(), a.height()), (b.width(), b.height()));
+    let sum: f64 = a.data().iter().zip(b.data()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+    sum / a.data().len() as f64
 }
 
 /// A tensor as a file has it.
@@ -85,6 +127,18 @@ impl Stored {
 
     pub fn is_float(&self) -> bool {
         matches!(self.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    }
+
+    /// Gives all elements one value.
+    pub fn fill(&mut self, value: f32) {
+        let elements = self.shape.iter().product();
+        self.set(Dtype::F32, &vec![value; elements]);
+    }
+
+    /// Changes a side and fills in numbers, so that a part is whole again at another size.
+    pub fn resize(&mut self, axis: usize, size: usize) {
+        self.shape[axis] = size;
+        self.fill(0.01);
     }
 
     /// Replaces the elements, rounded to `dtype`.
@@ -176,10 +230,35 @@ impl Folder {
 
     /// Changes the weights of a part.
     pub fn edit_weights(&self, part: &str, edit: impl FnOnce(&mut Vec<Stored>)) {
-        let name = format!("{part}/{WEIGHTS}");
+        let name = weights_of(&self.0, part);
         let mut tensors = read_tensors(&self.0.join(&name));
         edit(&mut tensors);
         self.write(&name, file_of(&tensors));
+    }
+
+    /// Splits the weights of a part over two files and an index; returns the names of the two.
+    pub fn shard(&self, part: &str) -> [String; 2] {
+        let whole = weights_of(&self.0, part);
+        let tensors = read_tensors(&self.0.join(&whole));
+        let (first, second) = tensors.split_at(tensors.len() / 3);
+        let stem = whole.strip_suffix(".safetensors").unwrap();
+        let files = [1, 2].map(|i| format!("{stem}-0000{i}-of-00002.safetensors"));
+        let mut map = serde_json::Map::new();
+        for (tensors, file) in [first, second].into_iter().zip(&files) {
+            self.write(file, file_of(tensors));
+            let name = file.rsplit('/').next().unwrap();
+            map.extend(tensors.iter().map(|t| (t.name.clone(), name.into())));
+        }
+        let index = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map});
+        self.write(&format!("{whole}.index.json"), index.to_string());
+        self.remove(&whole);
+        files
+    }
+
+    /// Puts a link to a file or folder in the place of what is there.
+    pub fn link(&self, name: &str, to: &Path) {
+        self.remove(name);
+        std::os::unix::fs::symlink(to, self.0.join(name)).unwrap();
     }
 }
 
@@ -187,6 +266,27 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// Copies of a model: its weights rounded to a type, and the rounded numbers widened to F32 again.
+pub fn rounded(model: &Path, parts: &[&str], dtype: Dtype) -> (Folder, Folder) {
+    let (stored, widened) = (Folder::of(model), Folder::of(model));
+    for part in parts {
+        stored.edit_weights(part, |tensors| {
+            for tensor in tensors.iter_mut().filter(|t| t.is_float()) {
+                let values = tensor.floats();
+                tensor.set(dtype, &values);
+            }
+        });
+        let name = weights_of(stored.path(), part);
+        let mut tensors = read_tensors(&stored.path().join(&name));
+        for tensor in tensors.iter_mut().filter(|t| t.is_float()) {
+            let values = tensor.floats();
+            tensor.set(Dtype::F32, &values);
+        }
+        widened.write(&name, file_of(&tensors));
+    }
+    (stored, widened)
 }
 
 fn link_all(from: &Path, to: &Path) {

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use wuerstchen::Image;
 use wuerstchen::text::Tokenizer;
 use wuerstchen::weights::config::{
-    ImageEncoderConfig, ModelIndex, StageAConfig, StageBConfig, StageCConfig, TextEncoderConfig,
+    DiffNeXtConfig, ImageEncoderConfig, ModelIndex, SchedulerConfig, StageAConfig, StageBConfig,
+    StageCConfig, TextEncoderConfig,
 };
 use wuerstchen::weights::{STEMS, Weights};
 
@@ -141,7 +142,7 @@ fn pictures() -> Vec<Seed> {
 fn corpus() -> Vec<Seed> {
     let read = |path: &str| std::fs::read(format!("{ROOT}/{path}")).unwrap();
     let config = |name, path: &str, load: Load| Seed { name, files: vec![("config.json", read(path))], load };
-    let model = "tests/fixtures/model";
+    let (model, v2) = ("tests/fixtures/model", "tests/fixtures/v2/model");
     let mut seeds = vec![
         Seed { name: "safetensors", files: vec![("model.safetensors", small_safetensors())], load: load_weights },
         Seed {
@@ -165,6 +166,19 @@ fn corpus() -> Vec<Seed> {
         Seed {
             name: "model index",
             files: vec![("model_index.json", read("examples/models/emoji-v1/model_index.json"))],
+            load: |f| ModelIndex::read(f).map(drop),
+        },
+        config("v2's prior", &format!("{v2}/prior_prior/config.json"), |f| StageCConfig::read_v2(f).map(drop)),
+        config("v2's decoder", &format!("{v2}/decoder/config.json"), |f| DiffNeXtConfig::read(f).map(drop)),
+        config("v2's VQGAN", &format!("{v2}/vqgan/config.json"), |f| StageAConfig::read_v2(f).map(drop)),
+        Seed {
+            name: "v2's scheduler",
+            files: vec![("scheduler_config.json", read(&format!("{v2}/scheduler/scheduler_config.json")))],
+            load: |f| SchedulerConfig::read(f).map(drop),
+        },
+        Seed {
+            name: "v2's index",
+            files: vec![("model_index.json", read("tests/fixtures/v2/prior/model_index.json"))],
             load: |f| ModelIndex::read(f).map(drop),
         },
         Seed { name: "tokenizer.json", files: vec![("tokenizer.json", small_tokenizer())], load: load_tokenizer },
@@ -212,7 +226,8 @@ const TOKENS: &[&[u8]] = &[
     b"IDAT",
 ];
 
-fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
+/// Damages a file in a few places.
+pub fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
     for _ in 0..1 + random.below(4) {
         let at = random.below(bytes.len());
         let len = (1 + random.below(16)).min(bytes.len() - at);
@@ -266,7 +281,7 @@ fn mend_png(bytes: &mut [u8]) {
 }
 
 /// Makes the length of a safetensors header right again.
-fn mend_safetensors(bytes: &mut [u8], change: isize) {
+pub fn mend_safetensors(bytes: &mut [u8], change: isize) {
     if let Some(head) = bytes.first_chunk_mut::<8>() {
         *head = u64::from_le_bytes(*head).wrapping_add_signed(change as i64).to_le_bytes();
     }

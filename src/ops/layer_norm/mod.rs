@@ -34,8 +34,23 @@ impl Default for LayerNorm<'_> {
 /// # Errors
 /// `InvalidArgument` if `x` is not `F32` or the affine parameters do not have `C` elements.
 pub fn layer_norm(cx: &Context, x: &Tensor, p: &LayerNorm) -> Result<Tensor> {
-    let channels = x.shape().channels();
     let input = x.slice::<f32>()?;
+    let mut out = Tensor::new(cx, "layer norm", x.dims(), DType::F32)?;
+    normalize(cx, input, x.shape().channels(), p, out.slice_mut()?)?;
+    Ok(out)
+}
+
+/// [`layer_norm`] of rows of `channels` numbers, into `out`.
+///
+/// # Errors
+/// As [`layer_norm`].
+pub(crate) fn normalize(
+    cx: &Context,
+    input: &[f32],
+    channels: usize,
+    p: &LayerNorm,
+    out: &mut [f32],
+) -> Result<()> {
     let affine = match p.affine {
         Some((weight, bias)) => Some((
             kernels::channel_vector(cx, "layer norm weight", weight, channels)?,
@@ -48,12 +63,10 @@ pub fn layer_norm(cx: &Context, x: &Tensor, p: &LayerNorm) -> Result<Tensor> {
         None => None,
     };
     let rows = cpu::Rows { channels, eps: p.eps, affine, scale: p.scale, shift: p.shift };
-    let mut out = Tensor::new(cx, "layer norm", x.dims(), DType::F32)?;
     let chunk = kernels::rows_per_task(channels) * channels;
-    kernels::parallel_chunks(cx, out.slice_mut()?, chunk, |i, part| {
+    kernels::parallel_chunks(cx, out, chunk, |i, part| {
         cpu::normalize_rows(&rows, &input[i * chunk..][..part.len()], part);
-    })?;
-    Ok(out)
+    })
 }
 
 #[cfg(test)]

@@ -124,7 +124,11 @@ impl<'a> StageBWalk<'a> {
             Walk::Latents(walk) => {
                 let decoded = walk.run(latents, texts, noise, &mut |step| {
                     let done = step.done;
-                    after_step(done, &|| walk.implied_clean(&step))
+                    after_step(done, &|| {
+                        let clean = walk.implied_clean(&step)?;
+                        check_finite(&clean, "Stage B", self.stage_b.weights())?;
+                        Ok(clean)
+                    })
                 })?;
                 check_finite(&decoded, "Stage B", self.stage_b.weights())?;
                 Ok(decoded)

@@ -25,7 +25,9 @@ pub(in crate::pipeline) struct StageCWalk<'a> {
     guidance: f32,
     guided: bool,
     grid: (usize, usize),
-    /// What the options start from, one entry for all pictures or one for each.
+    /// What the options start from, one entry for all pictures or one for each: as Stage B takes it …
+    given: Option<Tensor>,
+    /// … and as Stage C's own latents.
     start: Option<Tensor>,
 }
 
@@ -41,7 +43,8 @@ impl<'a> StageCWalk<'a> {
         grid: (usize, usize),
     ) -> Result<Self> {
         let prior = model.prior()?;
-        let start = match initial_latents(model, options, cx)? {
+        let given = initial_latents(model, options, cx)?;
+        let start = match &given {
             Some(latents) => {
                 let [_, h, w, _] = latents.dims_of("latents")?;
                 if (h, w) != grid {
@@ -49,7 +52,7 @@ impl<'a> StageCWalk<'a> {
                     let found = format!("{} x {}", grid.0, grid.1);
                     return Err(Error::argument("initial_noise", expected, found));
                 }
-                let mut own = Tensor::from_parts(cx, "latents", latents.dims(), &[&latents])?;
+                let mut own = Tensor::from_parts(cx, "latents", latents.dims(), &[latents])?;
                 prior.scaling.undo(own.slice_mut()?);
                 Some(own)
             }
@@ -72,7 +75,7 @@ impl<'a> StageCWalk<'a> {
         let modulations = prior.stage_c.network.modulations(cx, &sampling.times)?;
         let guidance = options.stage_c.guidance;
         let guided = is_guided(model.inner.halves.index.pipeline.generation(), guidance);
-        Ok(StageCWalk { prior, cx, sampling, modulations, guidance, guided, grid, start })
+        Ok(StageCWalk { prior, cx, sampling, modulations, guidance, guided, grid, given, start })
     }
 
     pub fn is_guided(&self) -> bool {
@@ -97,6 +100,9 @@ impl<'a> StageCWalk<'a> {
         start: Option<Tensor>,
         after_step: &mut dyn FnMut(LatentStep) -> Result<()>,
     ) -> Result<Tensor> {
+        if let (0, None, Some(given)) = (self.steps(), &start, &self.given) {
+            return one_each(self.cx, given, pictures);
+        }
         let network = &self.prior.stage_c.network;
         let samples = pictures.len();
         let x = match start {

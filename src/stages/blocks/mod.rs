@@ -9,6 +9,8 @@
 mod attention;
 mod residual;
 mod run;
+#[cfg(test)]
+mod tests;
 
 pub use attention::{Attended, AttnBlock, AttnConfig, KeysAndValues};
 pub use residual::{FeedForwardBlock, FoldedImage, InjectedResBlock, ResBlock};

@@ -53,8 +53,8 @@ impl ResBlock {
 /// and the image embedding i through a 1x1 convolution M, m that a level's blocks share.
 ///
 /// Nothing nonlinear lies between i and the block's first layer. With W the columns of that layer which see
-/// M i + m, the two are one layer over i: F = W M, and its bias joins that of the block. [`InjectedResBlock::fold`]
-/// computes F once per generation. It has as few columns as i has channels (16), so that a step costs a hundredth
+/// M i + m, the two are one layer over i: F = W M, and its bias joins that of the block. [`super::Blocks::inject`]
+/// computes F once per generation. F has as few columns as i has channels (16), so that a step costs a hundredth
 /// more than without an image, and what is kept is 14 MB for all blocks of the published decoder. The image's
 /// part of every hidden layer, computed once instead, would be kept in 1 GB at 1024 x 1024 pixels.
 #[derive(Debug)]

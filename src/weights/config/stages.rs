@@ -138,7 +138,7 @@ impl UNetConfig {
                 if value.as_i64() == Some(-1) { Some(None) } else { count_in(value, &WIDTHS).map(Some) }
             })?;
         let letters = defaults.letters;
-        let expected = format!("a text of the letters {letters}");
+        let expected = format!("a text of the letters {}", enumerated(letters));
         let level_config = fields.list("level_config", &expected, LEVELS_MAX, |value| {
             let text = value.as_str().filter(|text| (1..=LEVELS_MAX).contains(&text.len()))?;
             text.chars().all(|c| letters.contains(c)).then(|| text.to_owned())
@@ -271,6 +271,15 @@ impl DiffNeXtConfig {
         };
         config.unet.expect_per_level(&fields, "inject_effnet", config.inject_effnet.len())?;
         Ok(config)
+    }
+}
+
+/// Letters as a sentence names them: C, T and A.
+fn enumerated(letters: &str) -> String {
+    let names: Vec<String> = letters.chars().map(String::from).collect();
+    match names.split_last() {
+        Some((last, first)) if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+        _ => letters.to_owned(),
     }
 }
 

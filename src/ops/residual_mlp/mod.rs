@@ -1,0 +1,99 @@
+//! A residual pointwise MLP behind a LayerNorm, some rows at a time: its wide hidden layer never exists whole.
+
+#[cfg(test)]
+mod tests;
+
+use crate::device::Context;
+use crate::device::gemm::Layout;
+use crate::error::{Error, Result};
+pub use crate::ops::layer_norm::LayerNorm;
+use crate::ops::layer_norm::normalize;
+pub use crate::ops::linear::Activation;
+use crate::ops::linear::{Epilogue, Rows, product};
+use crate::tensor::{DType, Tensor};
+
+/// About how many numbers of the hidden layer are held at a time: 16 MiB. Each group of rows packs both weights
+/// anew, which fewer rows would not pay for.
+const SCRATCH_ELEMENTS: usize = 4 << 20;
+
+/// A dense layer of an MLP.
+#[derive(Debug, Clone, Copy)]
+pub struct Dense<'a> {
+    /// `[O, I]` of any float type.
+    pub weight: &'a Tensor,
+    /// `[O]` of any float type.
+    pub bias: Option<&'a Tensor>,
+}
+
+/// The parameters of [`residual_mlp`].
+#[derive(Debug, Clone, Copy)]
+pub struct ResidualMlp<'a> {
+    /// What the MLP sees of x.
+    pub norm: LayerNorm<'a>,
+    /// From C channels to H.
+    pub expand: Dense<'a>,
+    /// Between the layers.
+    pub activation: Activation,
+    /// From H channels to C.
+    pub project: Dense<'a>,
+    /// The factor of the MLP's result.
+    pub gain: f32,
+}
+
+/// y = x + gain * (W2 act(W1 norm(x) + b1) + b2), for each row apart.
+///
+/// # Shapes
+/// x and the result: `F32 [.., C]`
+///
+/// # Errors
+/// `InvalidArgument` if shapes do not fit together; `OutOfMemory`; `Cancelled`.
+pub fn residual_mlp(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
+    let channels = x.shape().channels();
+    let [hidden, _] = p.expand.weight.dims_of("mlp expand weight")?;
+    check("mlp expand weight", p.expand.weight, [hidden, channels])?;
+    check("mlp project weight", p.project.weight, [channels, hidden])?;
+    let input = x.slice::<f32>()?;
+    let rows = rows_at_once(x.shape().rows(), hidden);
+    let mut normed = Tensor::new(cx, "mlp input", &[rows, channels], DType::F32)?;
+    let mut inner = Tensor::new(cx, "mlp hidden layer", &[rows, hidden], DType::F32)?;
+    let mut out = Tensor::new(cx, "mlp output", x.dims(), DType::F32)?;
+    let first = Epilogue { bias: p.expand.bias, activation: p.activation, ..Epilogue::default() };
+    let second = Epilogue { bias: p.project.bias, gain: p.gain, residual: Some(x), ..Epilogue::default() };
+    for (i, out) in out.slice_mut::<f32>()?.chunks_mut((rows * channels).max(1)).enumerate() {
+        let (start, count) = (i * rows, out.len() / channels);
+        let normed = &mut normed.slice_mut::<f32>()?[..out.len()];
+        let inner = &mut inner.slice_mut::<f32>()?[..count * hidden];
+        normalize(cx, &input[start * channels..][..out.len()], channels, &p.norm, normed)?;
+        dense(cx, normed, channels, p.expand.weight, &first, 0, inner)?;
+        dense(cx, inner, hidden, p.project.weight, &second, start, out)?;
+    }
+    Ok(out)
+}
+
+/// One layer over some rows.
+fn dense(
+    cx: &Context,
+    values: &[f32],
+    channels: usize,
+    weight: &Tensor,
+    epilogue: &Epilogue,
+    first_row: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    // No modulation follows: samples need not be told apart.
+    let rows = Rows { values, channels, per_sample: 1 };
+    product(cx, &rows, weight, Layout::RowsAreOutputs, epilogue, first_row, out)
+}
+
+/// The rows of a group: as even as [`SCRATCH_ELEMENTS`] allows.
+fn rows_at_once(rows: usize, hidden: usize) -> usize {
+    let most = (SCRATCH_ELEMENTS / hidden.max(1)).max(1);
+    rows.div_ceil(rows.div_ceil(most).max(1))
+}
+
+fn check(what: &str, weight: &Tensor, dims: [usize; 2]) -> Result<()> {
+    if weight.dims() == dims {
+        return Ok(());
+    }
+    Err(Error::argument(what, format!("{dims:?}"), weight.shape()))
+}
