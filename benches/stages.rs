@@ -51,7 +51,10 @@ fn main() -> Outcome<()> {
         "hoist" => hoist(model, &arguments),
         "open" => open_time(model, &arguments),
         "generate" => generate(model, &arguments),
-        other => Err(format!("--part: expected text, text-b, c, b, a, hoist, open or generate, found {other}").into()),
+        other => {
+            Err(format!("--part: expected text, text-b, c, b, a, hoist, open or generate, found {other}")
+                .into())
+        }
     }?;
     println!("{report}");
     Ok(())
@@ -182,7 +185,8 @@ fn hoist(path: &Path, arguments: &Arguments) -> Outcome<Value> {
         Ok(network.forward(&cx, &x, conditioning, &injected)?)
     })?;
     let whole = repeat(repeats, || {
-        let (modulations, attended) = (network.modulations(&cx, &[0.5])?, [network.attend_to_text(&cx, &text)?]);
+        let (modulations, attended) =
+            (network.modulations(&cx, &[0.5])?, [network.attend_to_text(&cx, &text)?]);
         let injected = network.inject(&cx, &image, bench.grid())?;
         let conditioning = Conditioning { modulations: &modulations, attended: &attended };
         Ok(network.forward(&cx, &x, conditioning, &injected)?)
@@ -248,7 +252,8 @@ impl Bench {
 
     /// Random tokens `[1, H, W]` of Stage B's grid.
     fn tokens(&self, random: &mut Random) -> Outcome<Tensor> {
-        let labels = config(&self.path, self.folder(Stage::A))?["codebook_size"].as_i64().ok_or("codebook_size")?;
+        let labels =
+            config(&self.path, self.folder(Stage::A))?["codebook_size"].as_i64().ok_or("codebook_size")?;
         let (height, width) = self.grid();
         let tokens: Vec<i64> = (0..height * width).map(|_| random.below(labels)).collect();
         Ok(Tensor::from_slice(&[1, height, width], &tokens)?)
