@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Times the library beside eager PyTorch, part by part, and writes a dated record.
+"""Times the library beside its rival, part by part, and writes a dated record.
 
-    python3 benches/run.py [--model DIR] [--parts text,c,b,a] [--threads 1,2] [--repeats N] [--rounds N] [--no-record]
+    python3 benches/run.py [--generation 1|2] [--model DIR] [--parts text,c,b,a] [--threads 1,2] [--repeats N]
+                           [--rounds N] [--no-record]
 
-Per part and thread count the two run in turn (ours, rival, ours, rival), each in a process of its own, on the same
-weights. The table gives the median and the minimum of all timed passes; the ratio is ours / rival of the medians,
-below 1 where the library is faster. Other load on the machine during each process is measured and shown: a record
-with much of it says so.
+The rival is eager PyTorch: for v1 the networks of `tests/reference/torch_v1.py`, for v2 diffusers' own. Per part and
+thread count the two run in turn (ours, rival, ours, rival), each in a process of its own, on the same weights. The
+table gives the median and the minimum of all timed passes; the ratio is ours / rival of the medians, below 1 where the
+library is faster. Other load on the machine during each process is measured and shown: where it is much, the record
+says so. For v2 a decoder step that computes everything itself is timed too, beside what is computed once.
 
-The model folder (random weights at the paper's size) is made under build/bench-model if it is missing. The Python
-side needs `pip install -r benches/requirements.txt`; build/venv is used where it exists.
+The model folder (random weights at the published size) is made under build/bench-model or build/bench-model-v2 if it
+is missing; one that is given with --model says itself of which generation it is. The Python side needs `pip install -r
+benches/requirements.txt`, for v2 `-r tests/reference/requirements.txt`; build/venv is used where it exists.
 """
 
 import argparse
@@ -25,16 +28,39 @@ import sys
 import time
 from pathlib import Path
 
+from flops import generation, gflop
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = REPOSITORY / "build"
 RECORDS = REPOSITORY / "benches" / "record"
-# What each part times, for the table.
-PARTS = {
-    "text": "Text tower, 2 prompts",
-    "c": "Stage C, one step",
-    "b": "Stage B, one step",
-    "a": "Stage A, decoding",
-}
+
+
+class Generation:
+    """What is measured of a generation of the model, and beside whom. `parts` has their names for the table."""
+
+    def __init__(self, model, size, maker, rival, rival_name, networks, parts):
+        self.model, self.size, self.maker = BUILD / model, size, REPOSITORY / "tests" / "reference" / maker
+        self.rival, self.rival_name, self.networks = REPOSITORY / "benches" / rival, rival_name, networks
+        self.parts = parts
+
+
+GENERATIONS = {
+    1: Generation(
+        "bench-model", "9 GB", "make_full_size.py", "rival_torch.py", "PyTorch", "networks of "
+        "`tests/reference/torch_v1.py`",
+        {
+            "text": "Text tower, 2 prompts", "c": "Stage C, one step", "b": "Stage B, one step",
+            "a": "Stage A, decoding",
+        },
+    ),
+    2: Generation(
+        "bench-model-v2", "12 GB", "make_full_size_v2.py", "rival_diffusers.py", "diffusers", "diffusers' own modules",
+        {
+            "text": "v2: the prior's text tower, 2 prompts", "text-b": "v2: the decoder's text tower, 2 prompts",
+            "c": "v2: prior, one step", "b": "v2: decoder, one step", "a": "v2: VQGAN, decoding",
+        },
+    ),
+}  # fmt: skip
 BUSY_LIMIT = 0.1  # cores of other load above which a record is marked
 
 
@@ -80,12 +106,10 @@ def run(command):
     return report
 
 
-def ensure_model(model):
+def ensure_model(model, about):
     if not (model / "model_index.json").exists():
-        print(f"making {model} (9 GB)", file=sys.stderr)
-        subprocess.run(
-            [python(), REPOSITORY / "tests" / "reference" / "make_full_size.py", model], check=True, stdout=sys.stderr
-        )
+        print(f"making {model} ({about.size})", file=sys.stderr)
+        subprocess.run([python(), about.maker, model], check=True, stdout=sys.stderr)
 
 
 class Row:
@@ -93,7 +117,7 @@ class Row:
 
     def __init__(self, part, threads):
         self.part, self.threads = part, threads
-        self.reports = {"wuerstchen": [], "torch": []}
+        self.reports = {"ours": [], "rival": []}
 
     def seconds(self, who):
         """(median, minimum) of the timed passes of all rounds."""
@@ -111,37 +135,34 @@ class Row:
         return max(0.0, sum(r["others_s"] for r in reports) / sum(r["wall_s"] for r in reports))
 
 
-def measure(args, stages):
+def measure(args, about, stages):
     rows = []
     for threads in args.threads:
         for part in args.parts:
             row = Row(part, threads)
             common = ["--model", args.model, "--part", part, "--threads", threads, "--repeats", args.repeats]
             for _ in range(args.rounds):
-                row.reports["wuerstchen"].append(run([stages, *common]))
-                row.reports["torch"].append(run([python(), REPOSITORY / "benches" / "rival_torch.py", *common]))
+                row.reports["ours"].append(run([stages, *common]))
+                row.reports["rival"].append(run([python(), about.rival, *common]))
             rows.append(row)
-            print(table([row], args.model), file=sys.stderr)
+            print(table([row], args.model, about), file=sys.stderr)
     return rows
 
 
-def table(rows, model):
-    sys.path.insert(0, str(REPOSITORY / "benches"))
-    from flops import gflop
-
-    counts = gflop(model)
+def table(rows, model, about):
+    counts, name = gflop(model), about.rival_name
     lines = [
-        "| part | threads | ours: median (min), s | PyTorch: median (min), s | ours / PyTorch "
-        "| ours, GFLOP/s | PyTorch, GFLOP/s | ours: peak, MiB | PyTorch: peak, MiB | other load, cores |",
+        f"| part | threads | ours: median (min), s | {name}: median (min), s | ours / {name} "
+        f"| ours, GFLOP/s | {name}, GFLOP/s | ours: peak, MiB | {name}: peak, MiB | other load, cores |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        (ours, ours_min), (rival, rival_min) = row.seconds("wuerstchen"), row.seconds("torch")
-        whole, invariant = counts[row.part]
+        (ours, ours_min), (rival, rival_min) = row.seconds("ours"), row.seconds("rival")
+        whole, spared = counts[row.part]
         lines.append(
-            f"| {PARTS[row.part]} | {row.threads} | {ours:.3f} ({ours_min:.3f}) | {rival:.3f} ({rival_min:.3f}) "
-            f"| **{ours / rival:.2f}** | {(whole - invariant) / ours_min:.0f} | {whole / rival_min:.0f} "
-            f"| {row.peak('wuerstchen'):.0f} | {row.peak('torch'):.0f} | {row.other_load():.2f} |"
+            f"| {about.parts[row.part]} | {row.threads} | {ours:.3f} ({ours_min:.3f}) | {rival:.3f} ({rival_min:.3f}) "
+            f"| **{ours / rival:.2f}** | {(whole - spared) / ours_min:.0f} | {whole / rival_min:.0f} "
+            f"| {row.peak('ours'):.0f} | {row.peak('rival'):.0f} | {row.other_load():.2f} |"
         )
     return "\n".join(lines)
 
@@ -164,6 +185,18 @@ def memory_section(args, stages):
         f"4 KiB: {second['large']}, of them outputs {second['large_outputs']}"
         + ("" if made["second_allocates_only_the_output"] else f"; others (bytes): {second['large_others']}"),
     ])  # fmt: skip
+
+
+def hoisting_section(args, stages):
+    """v2: what computing once what stays the same between steps gains; ours alone."""
+    threads = max(args.threads)
+    told = run([stages, "--model", args.model, "--part", "hoist", "--threads", threads, "--repeats", args.repeats])
+    return (
+        f"- a decoder step with everything that stays the same computed before: {told['median_s']:.3f} s; with it "
+        f"computed in the step: {told['whole_s']:.3f} s, of it the text's keys and values {told['text_s']:.3f} s, the "
+        f"image embedding at every level, with its layers folded, {told['injection_s']:.3f} s, the timestep "
+        f"modulations {told['modulations_s']:.3f} s ({threads} threads)"
+    )
 
 
 def gemm_peak():
@@ -191,9 +224,9 @@ def first_line(*command):
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout.split("\n")[0]
 
 
-def record(args, rows, memory, peak):
+def record(args, about, rows, memory, peak):
     name, flags = cpu()
-    rival = rows[0].reports["torch"][0]
+    rival = rows[0].reports["rival"][0]
     changed = " with uncommitted changes" if first_line("git", "status", "--porcelain", "-uno") else ""
     load = max(row.other_load() for row in rows)
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
@@ -204,7 +237,7 @@ def record(args, rows, memory, peak):
         f"flags {' '.join(flags)}; {platform.system()} {platform.release()}",
         f"- ours: {first_line('git', 'rev-parse', '--short', 'HEAD')}{changed}, {first_line('rustc', '--version')}",
         f"- rival: eager PyTorch {rival['torch']} ({rival['instruction_set']}, oneDNN {rival['mkldnn']}), "
-        f"Python {platform.python_version()}, networks of `tests/reference/torch_v1.py`",
+        f"Python {platform.python_version()}, {about.networks}",
         f"- method: `benches/run.py`, float32, {args.rounds} rounds of {args.repeats} passes each after a warm-up, in "
         "turn; GFLOP/s from the minimum, by the formulas of `benches/flops.py`; a step of ours does not "
         "repeat what stays the same between steps, and is credited only with what it does",
@@ -215,36 +248,50 @@ def record(args, rows, memory, peak):
             else []
         ),
         "",
-        table(rows, args.model),
+        table(rows, args.model, about),
         "",
         memory,
         "",
     ]
     RECORDS.mkdir(exist_ok=True)
     slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = RECORDS / f"{datetime.date.today()}-{slug}.md"
+    path = RECORDS / f"{datetime.date.today()}-{slug}{'' if args.generation == 1 else f'-v{args.generation}'}.md"
     path.write_text("\n".join(lines))
     return path
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUILD / "bench-model")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--generation", type=int, choices=GENERATIONS, help="1 by default, else the model's own")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--parts", type=lambda text: text.split(","))
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
 
+    if args.model and (args.model / "model_index.json").exists():
+        found = generation(args.model)
+        if args.generation not in (None, found):
+            parser.error(f"--generation {args.generation}: {args.model} is of generation {found}")
+        args.generation = found
+    args.generation = args.generation or 1
+    about = GENERATIONS[args.generation]
+    args.model, args.parts = args.model or about.model, args.parts or list(about.parts)
+    if unknown := set(args.parts) - set(about.parts):
+        parser.error(f"--parts: expected some of {','.join(about.parts)}, found {','.join(sorted(unknown))}")
+
     stages = build_bench("stages")
-    ensure_model(args.model)
+    ensure_model(args.model, about)
     peak = gemm_peak()
-    rows = measure(args, stages)
+    rows = measure(args, about, stages)
     memory = memory_section(args, stages)
-    print("\n".join(["", table(rows, args.model), "", memory, *peak]))
+    if args.generation == 2:
+        memory += "\n" + hoisting_section(args, stages)
+    print("\n".join(["", table(rows, args.model, about), "", memory, *peak]))
     if not args.no_record:
-        print(f"\nrecorded in {record(args, rows, memory, peak).relative_to(REPOSITORY)}")
+        print(f"\nrecorded in {record(args, about, rows, memory, peak).relative_to(REPOSITORY)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-//! Times the stages of a v1 model through the library's own API, for `benches/run.py` to set beside PyTorch.
+//! Times the stages of a v1 or v2 model through the library's own API, for `benches/run.py` to set beside PyTorch.
 //!
 //! ```text
-//! cargo bench --bench stages -- --model DIR --part text|c|b|a|open|generate [--threads N] [--repeats N]
+//! cargo bench --bench stages -- --model DIR --part text|text-b|c|b|a|hoist|open|generate [--threads N] [--repeats N]
 //!                                [--stage-c-steps N] [--stage-b-steps N]
 //! ```
 //!
 //! `c` and `b` report a denoising step by itself: what a generation computes once (text keys and values, timestep
-//! modulations) is in `setup_s`. `open` reports the time and memory of opening, `generate` the peak of memory and
-//! what the second picture allocates. Each prints one line of JSON. `make_full_size.py` in `tests/reference` writes a
-//! model of the paper's size.
+//! modulations, in v2 the image embedding at every level) is in `setup_s`. `text-b` is v2's second text tower.
+//! `hoist` sets a step of v2's decoder beside one that computes all of that itself. `open` reports the time and memory
+//! of opening, `generate` the peak of memory and what the second picture allocates. Each prints one line of JSON.
+//! `make_full_size.py` and `make_full_size_v2.py` in `tests/reference` write models of the published sizes.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
@@ -20,14 +21,19 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use wuerstchen::Tensor;
-use wuerstchen::pipeline::{GenerateOptions, LogLevel, Model, ModelOptions, Progress, Stage};
+use wuerstchen::device::{Context, Device};
+use wuerstchen::pipeline::{GenerateOptions, LogLevel, Model, ModelOptions, Progress, Stage, load};
+use wuerstchen::stages::blocks::Conditioning;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// The rival's settings.
+/// The rival's settings. v2's decoder has no guidance by default.
 const STAGE_C_GUIDANCE: f32 = 4.0;
-const STAGE_B_GUIDANCE: f32 = 2.0;
+const STAGE_B_GUIDANCE: [f32; 2] = [2.0, 0.0];
 const BATCH: usize = 2;
+/// v2: what the prior's latents are multiplied by, and how much wider Stage A's latents are.
+const LATENT_MEAN: f32 = 42.0;
+const LATENT_DIM_SCALE: f64 = 10.67;
 const MIB: f64 = 1024. * 1024.;
 
 fn main() -> Outcome<()> {
@@ -37,13 +43,18 @@ fn main() -> Outcome<()> {
         return Ok(());
     };
     let report = match arguments.part.as_str() {
-        "text" => text(model, &arguments),
+        "text" => text(model, &arguments, Stage::C),
+        "text-b" => text(model, &arguments, Stage::B),
         "c" => stage_c(model, &arguments),
         "b" => stage_b(model, &arguments),
         "a" => stage_a(model, &arguments),
+        "hoist" => hoist(model, &arguments),
         "open" => open_time(model, &arguments),
         "generate" => generate(model, &arguments),
-        other => Err(format!("--part: expected text, c, b, a, open or generate, found {other}").into()),
+        other => {
+            Err(format!("--part: expected text, text-b, c, b, a, hoist, open or generate, found {other}")
+                .into())
+        }
     }?;
     println!("{report}");
     Ok(())
@@ -94,30 +105,27 @@ impl Arguments {
     }
 }
 
-// ---------------------------------------------------------------- the four parts that have a rival
+// ---------------------------------------------------------------- the parts that have a rival
 
-fn text(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+fn text(path: &Path, arguments: &Arguments, stage: Stage) -> Outcome<Value> {
     let bench = Bench::open(path, arguments)?;
     let prompts = ["a red bird on a branch, oil painting, detailed", ""];
-    let seconds = repeat(arguments.repeats, || Ok(bench.model.encode_text(Stage::C, &prompts)?))?;
-    Ok(bench.report("text", &seconds, json!({})))
+    let seconds = repeat(arguments.repeats, || Ok(bench.model.encode_text(stage, &prompts)?))?;
+    Ok(bench.report(&arguments.part, &seconds, json!({})))
 }
 
 fn stage_a(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let bench = Bench::open(path, arguments)?;
-    let (height, width) = bench.token_size();
-    let labels = config(path, "stage_a")?["codebook_size"].as_i64().ok_or("codebook_size")?;
     let mut random = Random(1);
-    let tokens: Vec<i64> = (0..height * width).map(|_| random.below(labels)).collect();
-    let tokens = Tensor::from_slice(&[1, height, width], &tokens)?;
-    let seconds = repeat(arguments.repeats, || Ok(bench.model.stage_a_decode(&tokens)?))?;
+    let input = if bench.is_v1() { bench.tokens(&mut random)? } else { bench.grid_latents(&mut random)? };
+    let seconds = repeat(arguments.repeats, || Ok(bench.model.stage_a_decode(&input)?))?;
     Ok(bench.report("a", &seconds, json!({})))
 }
 
 fn stage_c(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let bench = Bench::open(path, arguments)?;
     let mut random = Random(2);
-    let (text, negative) = (bench.text(&mut random, 1)?, bench.text(&mut random, 1)?);
+    let (text, negative) = (bench.text(&mut random, Stage::C, 1)?, bench.text(&mut random, Stage::C, 1)?);
     let steps = time_steps(&bench.model, arguments.repeats, |options, count| {
         options.set_stage_c(count, STAGE_C_GUIDANCE)?;
         Ok(bench.model.stage_c_sample(&text, Some(&negative), None, options)?)
@@ -126,7 +134,7 @@ fn stage_c(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     // The bare network, which computes everything anew.
     let noised = bench.latents(&mut random, BATCH)?;
     let t = Tensor::from_slice(&[BATCH], &[0.5f32; BATCH])?;
-    let both = bench.text(&mut random, BATCH)?;
+    let both = bench.text(&mut random, Stage::C, BATCH)?;
     let predict = repeat(1, || Ok(bench.model.stage_c_predict(&noised, &t, &both)?))?;
     Ok(bench.report(
         "c",
@@ -138,13 +146,58 @@ fn stage_c(path: &Path, arguments: &Arguments) -> Outcome<Value> {
 fn stage_b(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let bench = Bench::open(path, arguments)?;
     let mut random = Random(3);
-    let (text, negative) = (bench.text(&mut random, 1)?, bench.text(&mut random, 1)?);
-    let latents = bench.latents(&mut random, 1)?;
+    let (text, negative) = (bench.text(&mut random, Stage::B, 1)?, bench.text(&mut random, Stage::B, 1)?);
+    let latents = bench.image_embedding(&mut random)?;
+    let guidance = bench.stage_b_guidance();
+    let negative = (guidance > 1.).then_some(&negative);
     let steps = time_steps(&bench.model, arguments.repeats, |options, count| {
-        options.set_stage_b(count, STAGE_B_GUIDANCE)?;
-        Ok(bench.model.stage_b_sample(&latents, &text, Some(&negative), options)?)
+        options.set_stage_b(count, guidance)?;
+        Ok(bench.model.stage_b_sample(&latents, &text, negative, options)?)
     })?;
     Ok(bench.report("b", &steps.steps, json!({ "setup_s": steps.setup(), "timed_by": steps.by })))
+}
+
+/// v2: a step of the decoder, and the parts that it would repeat if they were not computed once.
+fn hoist(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    if bench.is_v1() {
+        return Err("hoist: a v2 model is needed".into());
+    }
+    let device = match arguments.threads {
+        0 => Device::cpu(std::thread::available_parallelism()?.get())?,
+        threads => Device::cpu(threads as usize)?,
+    };
+    let cx = Context::new(&device);
+    let network = load::decoder(&path.join("decoder"))?.network;
+    let mut random = Random(4);
+    let text = bench.text(&mut random, Stage::B, 1)?;
+    let image = bench.image_embedding(&mut random)?;
+    let x = bench.grid_latents(&mut random)?;
+
+    let once = (network.modulations(&cx, &[0.5])?, network.attend_to_text(&cx, &text)?);
+    let injected = network.inject(&cx, &image, bench.grid())?;
+    let repeats = arguments.repeats;
+    let modulate = repeat(repeats, || Ok(network.modulations(&cx, &[0.5])?))?;
+    let attend = repeat(repeats, || Ok(network.attend_to_text(&cx, &text)?))?;
+    let inject = repeat(repeats, || Ok(network.inject(&cx, &image, bench.grid())?))?;
+    let hoisted = repeat(repeats, || {
+        let conditioning = Conditioning { modulations: &once.0, attended: std::slice::from_ref(&once.1) };
+        Ok(network.forward(&cx, &x, conditioning, &injected)?)
+    })?;
+    let whole = repeat(repeats, || {
+        let (modulations, attended) =
+            (network.modulations(&cx, &[0.5])?, [network.attend_to_text(&cx, &text)?]);
+        let injected = network.inject(&cx, &image, bench.grid())?;
+        let conditioning = Conditioning { modulations: &modulations, attended: &attended };
+        Ok(network.forward(&cx, &x, conditioning, &injected)?)
+    })?;
+    let more = json!({
+        "whole_s": median(&whole[1..]),
+        "modulations_s": median(&modulate[1..]),
+        "text_s": median(&attend[1..]),
+        "injection_s": median(&inject[1..]),
+    });
+    Ok(bench.report("hoist", &hoisted, more))
 }
 
 /// An open model and what its opening cost.
@@ -166,16 +219,57 @@ impl Bench {
         Ok(Bench { model, path: path.into(), threads: arguments.threads, open_s, opened })
     }
 
-    fn token_size(&self) -> (usize, usize) {
-        let info = self.model.info();
-        (info.default_height as usize / 4, info.default_width as usize / 4)
+    fn is_v1(&self) -> bool {
+        self.model.info().generation == 1
     }
 
-    /// A random text condition `[n, T, width]`.
-    fn text(&self, random: &mut Random, n: usize) -> Outcome<Tensor> {
-        let config = config(&self.path, "text_encoder")?;
-        let side = |name: &str| config[name].as_u64().map(|n| n as usize).ok_or(name.to_owned());
-        random.normal(&[n, side("max_position_embeddings")?, side("hidden_size")?])
+    fn stage_b_guidance(&self) -> f32 {
+        STAGE_B_GUIDANCE[usize::from(!self.is_v1())]
+    }
+
+    /// The folder of a text tower or of the two networks around Stage A's latents.
+    fn folder(&self, stage: Stage) -> &'static str {
+        match (self.is_v1(), stage) {
+            (true, Stage::A) => "stage_a",
+            (true, _) => "text_encoder",
+            (false, Stage::A) => "vqgan",
+            (false, Stage::B) => "text_encoder",
+            (false, Stage::C) => "prior_text_encoder",
+        }
+    }
+
+    /// Rows and columns of Stage B's grid.
+    fn grid(&self) -> (usize, usize) {
+        let info = self.model.info();
+        match self.is_v1() {
+            true => (info.default_height as usize / 4, info.default_width as usize / 4),
+            false => {
+                let side = |latents: u32| (f64::from(latents) * LATENT_DIM_SCALE) as usize;
+                (side(info.latent_height), side(info.latent_width))
+            }
+        }
+    }
+
+    /// Random tokens `[1, H, W]` of Stage B's grid.
+    fn tokens(&self, random: &mut Random) -> Outcome<Tensor> {
+        let labels =
+            config(&self.path, self.folder(Stage::A))?["codebook_size"].as_i64().ok_or("codebook_size")?;
+        let (height, width) = self.grid();
+        let tokens: Vec<i64> = (0..height * width).map(|_| random.below(labels)).collect();
+        Ok(Tensor::from_slice(&[1, height, width], &tokens)?)
+    }
+
+    /// v2: random latents of Stage A, `[1, H, W, C]`.
+    fn grid_latents(&self, random: &mut Random) -> Outcome<Tensor> {
+        let channels = side(&config(&self.path, self.folder(Stage::A))?, "latent_channels")?;
+        let (height, width) = self.grid();
+        random.normal(&[1, height, width, channels])
+    }
+
+    /// A random text condition `[n, T, width]` of a stage's tower.
+    fn text(&self, random: &mut Random, stage: Stage, n: usize) -> Outcome<Tensor> {
+        let config = config(&self.path, self.folder(stage))?;
+        random.normal(&[n, side(&config, "max_position_embeddings")?, side(&config, "hidden_size")?])
     }
 
     /// Random latents `[n, h, w, C]`.
@@ -187,6 +281,15 @@ impl Bench {
             info.latent_width as usize,
             info.latent_channels as usize,
         ])
+    }
+
+    /// Random latents `[1, h, w, C]` as Stage B takes them.
+    fn image_embedding(&self, random: &mut Random) -> Outcome<Tensor> {
+        let mut latents = self.latents(random, 1)?;
+        if !self.is_v1() {
+            latents.slice_mut::<f32>()?.iter_mut().for_each(|x| *x = *x * LATENT_MEAN - 1.);
+        }
+        Ok(latents)
     }
 
     /// `seconds`: the warm-up, then the timed passes.
@@ -332,7 +435,7 @@ fn generate(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     options.add_prompt("a red bird on a branch", None)?;
     options.set_seed(7)?;
     options.set_stage_c(arguments.stage_c_steps, STAGE_C_GUIDANCE)?;
-    options.set_stage_b(arguments.stage_b_steps, STAGE_B_GUIDANCE)?;
+    options.set_stage_b(arguments.stage_b_steps, bench.stage_b_guidance())?;
 
     let mut seconds = Vec::new();
     let mut pictures = Vec::new();
@@ -509,12 +612,19 @@ fn config(model: &Path, part: &str) -> Outcome<Value> {
     Ok(serde_json::from_slice(&std::fs::read(model.join(part).join("config.json"))?)?)
 }
 
+/// A size in a part's config.
+fn side(config: &Value, name: &str) -> Outcome<usize> {
+    Ok(config[name].as_u64().ok_or_else(|| name.to_owned())? as usize)
+}
+
 /// Bytes of all weight files of a model folder.
 fn weight_bytes(model: &Path) -> Outcome<u64> {
     let mut sum = 0;
     for entry in std::fs::read_dir(model)? {
-        let file = entry?.path().join("model.safetensors");
-        sum += std::fs::metadata(file).map_or(0, |data| data.len());
+        let part = entry?.path();
+        for file in ["model.safetensors", "diffusion_pytorch_model.safetensors"] {
+            sum += std::fs::metadata(part.join(file)).map_or(0, |data| data.len());
+        }
     }
     Ok(sum)
 }

@@ -84,8 +84,19 @@ parity_tests() {
         skip "parity through the C ABI: Python with numpy is not there and could not be fetched"
         return
     fi
-    run parity.log tools/parity.sh
+    run parity.log tools/parity.sh --recorded
     counted "parity" parity.log $? "$(sum parity.log passed)" "$(sum parity.log failed)" "$(sum parity.log skipped)"
+
+    say "parity with diffusers"
+    if ! venv_has "torch, diffusers, transformers"; then
+        skip "parity with diffusers: it or PyTorch is not there ('make parity' fetches them)"
+        return
+    fi
+    run parity-diffusers.log "$build/venv/bin/python" tests/reference/diffusers_parity.py
+    local status=$?
+    tail -n 1 "$build/log/parity-diffusers.log" >"$build/log/parity-diffusers-results.log"
+    counted "parity with diffusers" parity-diffusers.log $status \
+        "$(sum parity-diffusers-results.log passed)" "$(sum parity-diffusers-results.log failed)" 0
 }
 
 # step_of NAME LOG COMMAND...: one test that is a command.

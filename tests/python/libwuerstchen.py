@@ -1,4 +1,4 @@
-"""libwuerstchen's C ABI for tests, with numpy arrays in and out, in the reference's axis order. Only numpy is needed."""
+"""libwuerstchen's C ABI for tests: numpy arrays in and out, in the reference's axis order. Only numpy is needed."""
 
 import contextlib
 import ctypes

@@ -62,8 +62,8 @@ PUBLISHED_TIMES = pipeline_wuerstchen_prior.DEFAULT_STAGE_C_TIMESTEPS
 NETWORK, WALK, PICTURE = 1e-5, 1e-4, 1 / 255
 
 PROMPTS = [
-    "a red apple", "", "  A  RED apple, on the\ttable!!", "naïve café, 42's & I'll", "日本 猫 🐈", "<|endoftext|> apple",
-    "smiling cat with heart eyes, " * 20,
+    "a red apple", "", "  A  RED apple, on the\ttable!!", "naïve café, 42's & I'll", "日本 猫 🐈",
+    "<|endoftext|> apple", "smiling cat with heart eyes, " * 20,
 ]  # fmt: skip
 
 BASE = {
@@ -137,7 +137,8 @@ def settings_of(changes):
 
 
 def random_changes(seed):
-    """A case with dimensions and settings drawn at random, all of which diffusers can run."""
+    """A case with dimensions and settings drawn at random, all of which diffusers can run. No width is below 8: a
+    LayerNorm over 3 or 4 channels that happen to be alike magnifies rounding without limit, in diffusers as in ours."""
     draw = random.Random(seed)
     levels = draw.randint(1, 4)
     heads = [draw.randint(1, 4) for _ in range(levels)]
@@ -147,11 +148,11 @@ def random_changes(seed):
         "text.num_attention_heads": text_heads, "text.hidden_size": text_heads * draw.randint(8, 12),
         "text_b.num_attention_heads": text_b_heads, "text_b.hidden_size": text_b_heads * draw.randint(8, 12),
         "text.num_hidden_layers": draw.randint(1, 3), "text_b.num_hidden_layers": draw.randint(1, 3),
-        "prior.c_in": draw.randint(2, 16), "prior.nhead": prior_heads, "prior.c": prior_heads * draw.randint(3, 12),
+        "prior.c_in": draw.randint(2, 16), "prior.nhead": prior_heads, "prior.c": prior_heads * draw.randint(8, 14),
         "prior.c_r": draw.randint(4, 33), "prior.depth": draw.randint(1, 4),
-        "decoder.c_in": draw.randint(1, 6), "decoder.c_r": draw.randint(4, 33), "decoder.c_cond": draw.randint(5, 30),
+        "decoder.c_in": draw.randint(1, 6), "decoder.c_r": draw.randint(4, 33), "decoder.c_cond": draw.randint(8, 30),
         "decoder.patch_size": draw.choice([1, 2, 4] if levels < 4 else [1, 2]),
-        "decoder.c_hidden": [n * draw.randint(3, 6) for n in heads],
+        "decoder.c_hidden": [n * draw.randint(8, 11) for n in heads],
         "decoder.nhead": [n if "A" in config else -1 for n, config in zip(heads, configs)],
         "decoder.blocks": [draw.randint(1, 3) for _ in range(levels)], "decoder.level_config": configs,
         "decoder.inject_effnet": [draw.random() < 0.6 for _ in range(levels)],
@@ -163,7 +164,7 @@ def random_changes(seed):
         "halves": draw.random() < 0.5, "dtype": draw.choice(["float32", "float16"]),
         "shard": draw.choice([None, "30KB"]), "tokenizers": draw.choices(["json", "legacy"], k=2),
         "size": [128 * draw.randint(1, 2), 128 * draw.randint(1, 2)], "images_per_prompt": draw.randint(1, 2),
-        "prompts": draw.sample([["two cats", None], ["a red apple", "blurry"], ["", "smiling face"]], draw.randint(1, 2)),
+        "prompts": draw.sample([["two cats", None], ["a red apple", "blurry"], ["", "smiling"]], draw.randint(1, 2)),
         "seed": draw.getrandbits(64), "steps": [draw.randint(2, 8), draw.randint(3, 6)],
         "guidance": [draw.choice([0.0, 1.0, 2.0, 5.0]), draw.choice([0.0, 1.0, 1.5])],
     }  # fmt: skip
@@ -514,7 +515,7 @@ class Comparison:
         pixels = vqgan.decode(latents * vqgan.config.scale_factor).sample
         self.table.check("vqgan: of the walk", pixels, NETWORK, lambda: self.model.stage_a_decode(latents.numpy()))
         outside = float(((pixels < 0) | (pixels > 1)).float().mean())
-        if outside > 0.5:
+        if outside > 0.8:
             raise AssertionError(f"a test of little worth: {outside:.0%} of the pixels are black or white")
         want = pixels.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
         options = {
@@ -552,7 +553,9 @@ def main():
     parser.add_argument("--cases", type=int, default=3, help="how many random cases, 3 by default")
     parser.add_argument("--seed", type=int, default=1, help="of the random cases")
     parser.add_argument("--size", type=lambda text: [int(side) for side in text.split("x")], help="such as 256x128")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="replaces a dimension or setting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=JSON", help="replaces a dimension or setting"
+    )
     parser.add_argument("--keep", type=Path, help="where to keep the folders of the pipelines")
     parser.add_argument("--list", action="store_true", help="print what can be set, and the cases")
     parser.add_argument("--library", type=Path, default=LIBRARY)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from make_full_size import (
-    DTYPES, END_ID, FIXTURES, START_ID, TEXT_LENGTH, TOKENIZER, check_published, write_json, write_part,
+    DTYPES, END_ID, START_ID, TEXT_LENGTH, TOKENIZER, check_published, write_json, write_part,
 )  # fmt: skip
 
 SEED = 20230913
