@@ -21,7 +21,8 @@ struct Random(DType);
 
 impl Source for Random {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let seed = name.bytes().fold(0, |seed: u64, byte| seed * 31 + u64::from(byte)) % 1_000_003;
+        let seed = name.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)))
+            % 1_000_003;
         Ok(cast(&random(shape, seed), self.0))
     }
 

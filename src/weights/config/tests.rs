@@ -121,7 +121,10 @@ fn wrong_fields_of_v2_are_named() {
             (r#"{"inject_effnet": true}"#, &["inject_effnet", "a list"]),
             (r#"{"c_out": 8}"#, &["c_out", "as c_in"]),
             (r#"{"nhead": [-1, 10, 20, 7]}"#, &["nhead", "divisor of 1280", "level 3"]),
-            (r#"{"level_config": ["CT", "CTA", "CTA", "CTF"]}"#, &["level_config", "letters CTA", "CTF"]),
+            (
+                r#"{"level_config": ["CT", "CTA", "CTA", "CTF"]}"#,
+                &["level_config", "letters C, T and A", "CTF"],
+            ),
             (r#"{"blocks": [4, 4, 0, 4]}"#, &["blocks", "1 to"]),
             (r#"{"kernel_size": 2}"#, &["kernel_size", "odd"]),
             (r#"{"patch_size": 0}"#, &["patch_size", "1 to"]),
