@@ -24,8 +24,9 @@ LATENT_MEAN, LATENT_STD = 42.0, 1.0
 def load(part, folder):
     import torch
     from diffusers.pipelines.deprecated import wuerstchen
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, logging
 
+    logging.disable_progress_bar()
     kinds = {"c": wuerstchen.WuerstchenPrior, "b": wuerstchen.WuerstchenDiffNeXt, "a": wuerstchen.PaellaVQModel}
     return kinds.get(part, CLIPTextModel).from_pretrained(folder, dtype=torch.float32).eval()
 

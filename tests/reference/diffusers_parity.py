@@ -3,11 +3,14 @@
 
     python3 tests/reference/diffusers_parity.py [--only NAME] [--cases N] [--seed S] [--size WxH] [--set KEY=JSON]...
                                                 [--keep DIR] [--list] [--library FILE]
+    python3 tests/reference/diffusers_parity.py --model DIR
 
 Each case is a pipeline of diffusers with random weights, saved by diffusers and opened by libwuerstchen: the cases of
 CASES, then `--cases N` ones with random dimensions, files and settings from `--seed`. `--set` replaces a dimension or
 setting in every case, as `--set decoder.c_hidden=[8,12] --set images_per_prompt=3`; `--list` prints what there is to
-set. `--keep DIR` keeps the folders. Without the library's file only diffusers' side runs.
+set. `--keep DIR` keeps the folders. Without the library's file only diffusers' side runs. `--model DIR` instead takes a
+combined folder that is there, of any size, and compares one evaluation of each of its networks for a picture of
+1024 x 1024 pixels, one network in memory at a time.
 
 Both draw the same noise: the library's generator is made again in `philox.py`, from its definition, and handed to
 diffusers. So token numbers, text embeddings, single predictions, each step, whole walks and the pictures are compared,
@@ -157,7 +160,7 @@ def random_changes(seed):
         "decoder.blocks": [draw.randint(1, 3) for _ in range(levels)], "decoder.level_config": configs,
         "decoder.inject_effnet": [draw.random() < 0.6 for _ in range(levels)],
         "decoder.kernel_size": draw.choice([1, 3, 5, 7]),
-        "vqgan.bottleneck_blocks": draw.randint(1, 3), "vqgan.embed_dim": 2 * draw.randint(3, 12),
+        "vqgan.bottleneck_blocks": draw.randint(1, 3), "vqgan.embed_dim": 2 * draw.randint(8, 14),
         "vqgan.scale_factor": draw.uniform(0.2, 1.2), "vqgan.num_vq_embeddings": draw.randint(2, 200),
         "prior_scheduler": {"scaler": draw.choice([1.0, 0.5, 2.0]), "s": draw.choice([0.008, 0.03])},
         "scheduler": {"scaler": draw.choice([1.0, 0.7, 1.5]), "s": draw.choice([0.008, 0.002])},
@@ -547,6 +550,48 @@ def run_case(table, name, settings, library, keep):
             model.close()
 
 
+def compare_folder(table, folder, library):
+    """One evaluation of each network of a combined folder."""
+    table.case = folder.name
+    model = Model(library, folder)
+    generator = torch.Generator().manual_seed(1)
+    random_of = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    kinds = {"prior_prior": wuerstchen.WuerstchenPrior, "decoder": wuerstchen.WuerstchenDiffNeXt}
+    kinds |= {"vqgan": wuerstchen.PaellaVQModel}
+
+    def load(part):
+        kind = kinds.get(part, transformers.CLIPTextModel)
+        return kind.from_pretrained(folder / part, dtype=torch.float32).eval()
+
+    texts = ["a red bird on a branch, oil painting", ""]
+    for part, tokenizer, stage in [
+        ("prior_text_encoder", "prior_tokenizer", STAGE_C),
+        ("text_encoder", "tokenizer", STAGE_B),
+    ]:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / tokenizer)
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        want = load(part)(ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
+        table.check(part, want, NETWORK, lambda: model.encode_text(texts, stage))
+
+    prior = load("prior_prior")
+    arrays = [random_of(2, prior.config.c_in, 24, 24), torch.tensor([0.9, 0.2]), random_of(2, 77, prior.config.c_cond)]
+    want = prior(*arrays)
+    del prior
+    table.check("prior_prior", want, NETWORK, lambda: model.stage_c_predict(*(x.numpy() for x in arrays)))
+
+    decoder = load("decoder")
+    x, image = random_of(1, decoder.config.c_in, 256, 256), random_of(1, decoder.config.effnet_embd, 24, 24) * 42 - 1
+    arrays = [x, torch.tensor([0.5]), image, random_of(1, 77, decoder.config.clip_embd)]
+    want = decoder(*arrays)
+    del decoder
+    table.check("decoder", want, NETWORK, lambda: model.stage_b_predict(*(x.numpy() for x in arrays)))
+
+    vqgan = load("vqgan")
+    want = vqgan.decode(x * vqgan.config.scale_factor).sample
+    table.check("vqgan", want, NETWORK, lambda: model.stage_a_decode(x.numpy()))
+    model.close()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="one case of CASES, or 'random'")
@@ -559,6 +604,7 @@ def main():
     parser.add_argument("--keep", type=Path, help="where to keep the folders of the pipelines")
     parser.add_argument("--list", action="store_true", help="print what can be set, and the cases")
     parser.add_argument("--library", type=Path, default=LIBRARY)
+    parser.add_argument("--model", type=Path, help="a combined folder to compare instead of the cases")
     args = parser.parse_args()
     if args.list:
         print(json.dumps({"settings": BASE, "cases": CASES}, indent=1))
@@ -572,6 +618,10 @@ def main():
         sys.exit(f"--only: there is no case {args.only}")
     library = Library(args.library) if args.library.exists() else None
     table = Table(library is not None)
+    if args.model:
+        cases = {}
+        with torch.inference_mode():
+            compare_folder(table, args.model, library)
     for name, changes in cases.items():
         try:
             settings = settings_of(changes)

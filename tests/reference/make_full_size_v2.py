@@ -40,8 +40,9 @@ WITHOUT_WEIGHTS = {
 
 # What diffusers multiplies the prior's latents by before the decoder sees them.
 LATENT_MEAN = 42.0
-# Of what the networks divide by: Stage C by 1 - b, the decoder by b = sigmoid(..) with this bias.
-DECODER_B_BIAS = 2.0
+# The networks' outputs are a and b for each latent channel. The prior divides by 1 - b: its b is this much smaller than
+# a, to stay off the pole. The decoder divides by b = sigmoid(..), whose bias this is.
+PRIOR_B_SCALE, DECODER_B_BIAS = 0.3, 2.0
 
 TEXT_COMMON = {
     "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5,
@@ -93,9 +94,13 @@ def random_tensor(part, name, meta, small=0.02, latent_mean=LATENT_MEAN):
         return value.uniform_(0.5, 1.5)
     if name == "out_block.0.bias":  # pixels are within 0..1
         return value.normal_(0.5, small)
-    if name == "clf.1.bias":  # [a, b] of each latent channel, with its patch
-        value.normal_(0, small)
-        value[len(value) // 2 :] += DECODER_B_BIAS
+    if name.startswith(("out.1.", "clf.1.")):  # rows of a, then of b
+        value.normal_(0, small if last == "bias" else 0.2 / math.sqrt(fan_in))
+        b = value[len(value) // 2 :]
+        if name.startswith("out.1."):
+            b *= PRIOR_B_SCALE
+        elif last == "bias":
+            b += DECODER_B_BIAS
         return value
     if last in ("gamma", "beta", "gammas", "bias", "running_mean"):
         return value.normal_(0, small)
@@ -109,8 +114,6 @@ def random_tensor(part, name, meta, small=0.02, latent_mean=LATENT_MEAN):
         return value.normal_(0, small)
     if name.startswith("effnet_mappers."):
         return value.normal_(0, 1 / (latent_mean * math.sqrt(fan_in)))
-    if name in ("out.1.weight", "clf.1.weight"):  # [a, b] are small
-        return value.normal_(0, 0.2 / math.sqrt(fan_in))
     if name == "out_block.0.weight":
         return value.normal_(0, 0.6 / math.sqrt(fan_in))
     return value.normal_(0, 1 / math.sqrt(fan_in))
