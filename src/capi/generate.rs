@@ -3,6 +3,7 @@
 use std::ffi::{c_char, c_void};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::axes::floats;
 use super::boundary::{
     Callback, Handle, HandleOut, ImagesOut, Poison, Sized32, boundary, enum_in, get, handle_in, optional_in,
     optional_text_in, quietly, release, slice_in, text_in,
@@ -12,7 +13,6 @@ use super::error::{wst_error, wst_status};
 use super::hook;
 use super::image::wst_image;
 use super::model::{TEST_PANIC, test_panic, wst_model};
-use super::stages::floats;
 use super::tensor::wst_tensor;
 use crate::error::{Error, Result};
 use crate::pipeline::{Choice, GenerateOptions, Progress, Sampler, Stage};

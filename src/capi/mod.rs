@@ -10,6 +10,7 @@
 // The comments are the header's: a shape in brackets is no link.
 #![allow(rustdoc::broken_intra_doc_links, rustdoc::private_intra_doc_links)]
 
+mod axes;
 mod boundary;
 mod hook;
 
