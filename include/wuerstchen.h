@@ -743,6 +743,19 @@ wst_status wst_generate_options_set_stage_b(wst_generate_options *options,
                                             wst_error **error);
 
 /**
+ * The times that Stage B of v2 visits, falling, in place of evenly spaced ones; none go back to those.
+ *
+ * Owner: the numbers are copied.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for v1, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_generate_options_set_stage_b_timesteps(wst_generate_options *options,
+                                                      const float *timesteps,
+                                                      size_t count,
+                                                      wst_error **error);
+
+/**
  * The temperature of Stage B's choice in v1, falling from `start` to `end` over its steps.
  *
  * Owner: nothing changes hands.

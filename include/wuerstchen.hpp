@@ -356,6 +356,9 @@ public:
         return set_(wst_generate_options_set_stage_c_timesteps, timesteps.data(), timesteps.size());
     }
     GenerateOptions &set_stage_b(std::uint32_t steps, float guidance) { return set_(wst_generate_options_set_stage_b, steps, guidance); }
+    GenerateOptions &set_stage_b_timesteps(span<const float> timesteps) {
+        return set_(wst_generate_options_set_stage_b_timesteps, timesteps.data(), timesteps.size());
+    }
     GenerateOptions &set_stage_b_temperature(float start, float end) { return set_(wst_generate_options_set_stage_b_temperature, start, end); }
     GenerateOptions &set_stage_b_choice(wst_choice choice) { return set_(wst_generate_options_set_stage_b_choice, choice); }
     GenerateOptions &set_init_image(const Image &image, float strength) {

@@ -16,7 +16,7 @@ use folder::{Folder, bare, distance, open, picture, reports, short, v2};
 use shared::{Known, all_of, joined, made, model, published_times, some_latents, steps};
 use wuerstchen::diffusion::latents::{ddim_step, ddpm_step};
 use wuerstchen::diffusion::noise::Draw;
-use wuerstchen::diffusion::schedule::{CosineSchedule, DEFAULT_OFFSET, linspace};
+use wuerstchen::diffusion::schedule::{CosineSchedule, DEFAULT_OFFSET};
 use wuerstchen::{Choice, GenerateOptions, Model, Sampler, Stage, Tensor};
 
 #[test]
@@ -141,20 +141,27 @@ fn schedules_are_those_of_the_folders() {
         }
         let model = open(folder.path()).unwrap();
         let (c, b) = (CosineSchedule::new(of_c.1, of_c.0), CosineSchedule::new(of_b.1, of_b.0));
-        let latents = walked_by_hand(&model, c, Stage::C, Sampler::Ddpm, &some_latents(1));
-        walked_by_hand(&model, c, Stage::C, Sampler::Ddim, &some_latents(1));
-        walked_by_hand(&model, b, Stage::B, Sampler::Ddpm, &latents);
+        let given = some_latents(1);
+        let latents = walked_by_hand(&model, c, (Stage::C, Sampler::Ddpm), &EVENLY, &given);
+        walked_by_hand(&model, c, (Stage::C, Sampler::Ddim), &EVENLY, &given);
+        walked_by_hand(&model, c, (Stage::C, Sampler::Ddpm), &UNEVENLY, &given);
+        walked_by_hand(&model, b, (Stage::B, Sampler::Ddpm), &EVENLY, &latents);
+        walked_by_hand(&model, b, (Stage::B, Sampler::Ddpm), &UNEVENLY, &latents);
         let same = made(&model, |_| {}).data() == made(&published, |_| {}).data();
         assert_eq!(same, file == "none", "{file} changes the picture");
     }
 }
 
-/// Checks a stage's walk of four steps against one step after the other; returns what it ends with.
+/// The times of four steps as a number of steps gives them, and three that no number gives.
+const EVENLY: [f32; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
+const UNEVENLY: [f32; 4] = [0.9, 0.6, 0.1, 0.0];
+
+/// Checks a stage's walk against one step after the other; returns what it ends with.
 fn walked_by_hand(
     model: &Model,
     schedule: CosineSchedule,
-    stage: Stage,
-    sampler: Sampler,
+    (stage, sampler): (Stage, Sampler),
+    times: &[f32],
     latents: &Tensor,
 ) -> Tensor {
     let text = model.encode_text(stage, &["a cat"]).unwrap();
@@ -162,6 +169,10 @@ fn walked_by_hand(
     options.set_stage_c(4, 1.0).unwrap();
     options.set_stage_b(4, 1.0).unwrap();
     options.set_stage_c_sampler(sampler).unwrap();
+    if times != EVENLY {
+        options.set_stage_c_timesteps(times).unwrap();
+        options.set_stage_b_timesteps(times).unwrap();
+    }
     let (found, dims, start, fresh) = match stage {
         Stage::C => {
             let found = model.stage_c_sample_with(&text, None, None, &options, &mut Known).unwrap();
@@ -174,7 +185,7 @@ fn walked_by_hand(
     };
     let count = dims.iter().product();
     let mut x = Known::values(start, 0, count);
-    for (step, pair) in linspace(1.0, 0.0, 4).windows(2).enumerate() {
+    for (step, pair) in times.windows(2).enumerate() {
         let t = Tensor::from_slice(&[1], &[pair[0]]).unwrap();
         let sample = Tensor::from_slice(&dims, &x).unwrap();
         let predicted = match stage {
@@ -325,6 +336,38 @@ fn choices_of_tokens_are_not_for_v2() {
         ] {
             assert_error(what, result, Kind::Unsupported, &["tokens", "generation 2"]);
         }
+    }
+}
+
+#[test]
+fn times_of_stage_b_are_for_v2_and_go_back_to_steps() {
+    let of_v1 = open(&common::fixtures().join("model")).unwrap();
+    let result = GenerateOptions::new(&of_v1).unwrap().set_stage_b_timesteps(&UNEVENLY);
+    assert_error("v1", result, Kind::Unsupported, &["times of Stage B", "generation 1"]);
+    let of_prior = open(&v2("prior")).unwrap();
+    let result = bare(&of_prior).set_stage_b_timesteps(&UNEVENLY);
+    assert_error("the prior alone", result, Kind::Unsupported, &["decoder_path"]);
+
+    let model = model();
+    let mut options = bare(&model);
+    for times in [&[1.0][..], &[0.5, 0.5], &[0.2, 0.8], &[1.1, 0.0], &[f32::NAN, 0.0]] {
+        assert_error("times", options.set_stage_b_timesteps(times), Kind::Argument, &["timesteps"]);
+    }
+    let uneven = made(&model, |o| o.set_stage_b_timesteps(&UNEVENLY).unwrap());
+    let even = made(&model, |o| o.set_stage_b(3, 0.0).unwrap());
+    assert_ne!(uneven.data(), even.data());
+    for back in [
+        made(&model, |o| {
+            o.set_stage_b_timesteps(&UNEVENLY).unwrap();
+            o.set_stage_b(3, 0.0).unwrap();
+        }),
+        made(&model, |o| {
+            o.set_stage_b(3, 0.0).unwrap();
+            o.set_stage_b_timesteps(&UNEVENLY).unwrap();
+            o.set_stage_b_timesteps(&[]).unwrap();
+        }),
+    ] {
+        assert_eq!(back.data(), even.data());
     }
 }
 

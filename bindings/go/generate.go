@@ -281,6 +281,16 @@ func WithStageB(steps int, guidance float32) GenerateOption {
 	}
 }
 
+// WithStageBTimesteps chooses every t of Stage B in v2, falling from at most 1 to 0;
+// there is one step less than there are numbers.
+func WithStageBTimesteps(timesteps ...float32) GenerateOption {
+	return func(o *generateOptions) error {
+		var cError *C.wst_error
+		return check(C.wst_generate_options_set_stage_b_timesteps(o.pointer,
+			(*C.float)(unsafe.SliceData(timesteps)), C.size_t(len(timesteps)), &cError), &cError)
+	}
+}
+
 // WithStageBTemperature chooses the temperature of the first and of the last step of Stage B.
 func WithStageBTemperature(start, end float32) GenerateOption {
 	return func(o *generateOptions) error {

@@ -362,6 +362,26 @@ pub unsafe extern "C" fn wst_generate_options_set_stage_b(
     }
 }
 
+/// The times that Stage B of v2 visits, falling, in place of evenly spaced ones; none go back to those.
+///
+/// Owner: the numbers are copied.
+/// Threads: one at a time per options.
+/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED for v1, WST_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_generate_options_set_stage_b_timesteps(
+    options: *mut wst_generate_options,
+    timesteps: *const f32,
+    count: usize,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        change("wst_generate_options_set_stage_b_timesteps", options, error, |o| {
+            o.options.set_stage_b_timesteps(slice_in(("timesteps", timesteps), ("count", count))?)
+        })
+    }
+}
+
 /// The temperature of Stage B's choice in v1, falling from `start` to `end` over its steps.
 ///
 /// Owner: nothing changes hands.

@@ -56,6 +56,7 @@ pub(super) fn stage_b(index: &ModelIndex) -> StageBOptions {
             Some("quant") => Choice::Quant,
             _ => Choice::Multinomial,
         },
+        timesteps: None,
     }
 }
 

@@ -76,6 +76,8 @@ pub(super) struct StageBOptions {
     pub guidance: f32,
     pub temperature: (f32, f32),
     pub choice: Choice,
+    /// v2: the times that the caller has set.
+    pub timesteps: Option<Vec<f32>>,
 }
 
 impl GenerateOptions {
@@ -173,13 +175,7 @@ impl GenerateOptions {
     /// # Errors
     /// `InvalidArgument` unless there are at least two, decreasing, within 0..1.
     pub fn set_stage_c_timesteps(&mut self, times: &[f32]) -> Result<()> {
-        if times.is_empty() {
-            self.stage_c.timesteps = None;
-            return Ok(());
-        }
-        check_times(times)?;
-        check_steps("timesteps", (times.len() - 1).try_into().unwrap_or(u32::MAX))?;
-        self.stage_c.timesteps = Some(times.to_vec());
+        self.stage_c.timesteps = given_times(times)?;
         Ok(())
     }
 
@@ -190,7 +186,18 @@ impl GenerateOptions {
     pub fn set_stage_b(&mut self, steps: u32, guidance: f32) -> Result<()> {
         check_steps("stage_b_steps", steps)?;
         check_finite("stage_b_guidance", guidance)?;
-        (self.stage_b.steps, self.stage_b.guidance) = (steps, guidance);
+        (self.stage_b.steps, self.stage_b.guidance, self.stage_b.timesteps) = (steps, guidance, None);
+        Ok(())
+    }
+
+    /// The times of v2's Stage B, in place of evenly spaced ones, as [`GenerateOptions::set_stage_c_timesteps`]
+    /// takes Stage C's.
+    ///
+    /// # Errors
+    /// As there; `Unsupported` in v1, whose Stage B puts tokens back at evenly spaced times.
+    pub fn set_stage_b_timesteps(&mut self, times: &[f32]) -> Result<()> {
+        self.model.expect_latent_decoder()?;
+        self.stage_b.timesteps = given_times(times)?;
         Ok(())
     }
 
@@ -300,6 +307,12 @@ impl GenerateOptions {
         }
     }
 
+    /// The times of v2's Stage B: one step between each two.
+    pub(super) fn stage_b_times(&self) -> Vec<f32> {
+        let StageBOptions { steps, timesteps, .. } = &self.stage_b;
+        timesteps.clone().unwrap_or_else(|| linspace(1.0, 0.0, *steps as usize))
+    }
+
     /// Generates only where the mask is bright, and keeps the initial picture where it is dark.
     ///
     /// # Errors
@@ -366,7 +379,11 @@ impl GenerateOptions {
                 _ => return Err(Error::argument(key, "ddpm or ddim", format!("{value:?}"))),
             }),
             "stage_b_steps" => self.set_stage_b(parse(key, value)?, self.stage_b.guidance),
-            "stage_b_guidance" => self.set_stage_b(self.stage_b.steps, parse(key, value)?),
+            "stage_b_guidance" => {
+                check_finite(key, parse(key, value)?)?;
+                self.stage_b.guidance = parse(key, value)?;
+                Ok(())
+            }
             "stage_b_temperature" => {
                 let (start, end) = value.split_once(',').unwrap_or((value, value));
                 self.set_stage_b_temperature(parse(key, start)?, parse(key, end)?)
@@ -393,6 +410,16 @@ fn check_steps(name: &str, steps: u32) -> Result<()> {
         1..=MAX_STEPS => Ok(()),
         _ => Err(Error::argument(name, format!("1 to {MAX_STEPS}"), steps)),
     }
+}
+
+/// Times that a caller sets; none in an empty list.
+fn given_times(times: &[f32]) -> Result<Option<Vec<f32>>> {
+    if times.is_empty() {
+        return Ok(None);
+    }
+    check_times(times)?;
+    check_steps("timesteps", (times.len() - 1).try_into().unwrap_or(u32::MAX))?;
+    Ok(Some(times.to_vec()))
 }
 
 fn check_strength(strength: f32) -> Result<()> {

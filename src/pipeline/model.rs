@@ -243,6 +243,18 @@ impl Model {
         }
     }
 
+    /// # Errors
+    /// `Unsupported` unless Stage B is a diffusion over latents, as in v2.
+    pub(super) fn expect_latent_decoder(&self) -> Result<()> {
+        match &self.decoder()?.stage_b {
+            StageBPart::Latents(..) => Ok(()),
+            StageBPart::Tokens(_) => {
+                let reason = "Stage B of generation 1 resamples tokens at evenly spaced times";
+                Err(Error::unsupported("times of Stage B", reason))
+            }
+        }
+    }
+
     /// The text tower that a stage reads.
     ///
     /// # Errors

@@ -230,6 +230,7 @@ static void generate_options(const wst_model *model) {
     INVALID("options", wst_generate_options_set_stage_c(NULL, 1, 1, &error));
     INVALID("options", wst_generate_options_set_stage_c_sampler(NULL, 0, &error));
     INVALID("options", wst_generate_options_set_stage_c_timesteps(NULL, NULL, 0, &error));
+    INVALID("options", wst_generate_options_set_stage_b_timesteps(NULL, NULL, 0, &error));
     INVALID("options", wst_generate_options_set_stage_b(NULL, 1, 1, &error));
     INVALID("options", wst_generate_options_set_stage_b_temperature(NULL, 1, 1, &error));
     INVALID("options", wst_generate_options_set_stage_b_choice(NULL, 0, &error));
@@ -255,6 +256,7 @@ static void generate_options(const wst_model *model) {
     INVALID("sampler: expected WST_DDPM (0), WST_DDIM (1), found 2",
             wst_generate_options_set_stage_c_sampler(o, 2, &error));
     INVALID("timesteps", wst_generate_options_set_stage_c_timesteps(o, NULL, 3, &error));
+    INVALID("timesteps", wst_generate_options_set_stage_b_timesteps(o, NULL, 3, &error));
     INVALID("count", wst_generate_options_set_stage_c_timesteps(o, GARBAGE(float), SIZE_MAX, &error));
     const float bad[] = {1.0f, NAN, 0.0f};
     INVALID("timesteps", wst_generate_options_set_stage_c_timesteps(o, bad, 3, &error));

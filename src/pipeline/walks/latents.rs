@@ -6,7 +6,7 @@ use super::{is_guided, with_zero_twin};
 use crate::device::Context;
 use crate::diffusion::latents::{LatentSampling, LatentStep, Sampler};
 use crate::diffusion::noise::{Draw, NoiseSource};
-use crate::diffusion::schedule::{CosineSchedule, linspace};
+use crate::diffusion::schedule::CosineSchedule;
 use crate::error::Result;
 use crate::pipeline::load::Part;
 use crate::stages::blocks::{Attended, Conditioning, Modulations};
@@ -30,21 +30,16 @@ pub(super) struct LatentWalk<'a> {
 type Condition = ([Attended; 1], Injected);
 
 impl<'a> LatentWalk<'a> {
-    /// A walk of so many steps over a grid of Stage A's latents.
+    /// A walk through some times over a grid of Stage A's latents.
     pub fn new(
         part: &'a Part<DiffNeXt>,
         schedule: CosineSchedule,
         cx: &'a Context,
-        (steps, guidance): (u32, f32),
+        (times, guidance): (Vec<f32>, f32),
         grid: (usize, usize),
     ) -> Result<Self> {
-        let sampling = LatentSampling {
-            schedule,
-            times: linspace(1.0, 0.0, steps as usize),
-            sampler: Sampler::Ddpm,
-            fresh: Draw::DecoderStep,
-            kept: None,
-        };
+        let sampling =
+            LatentSampling { schedule, times, sampler: Sampler::Ddpm, fresh: Draw::DecoderStep, kept: None };
         let modulations = part.network.modulations(cx, &sampling.times)?;
         Ok(LatentWalk { part, cx, sampling, modulations, guidance, grid })
     }

@@ -6,6 +6,7 @@ use super::latents::LatentWalk;
 use super::tokens::TokenWalk;
 use crate::device::Context;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
+use crate::diffusion::schedule::linspace;
 use crate::diffusion::tokens::TokenSampling;
 use crate::error::Result;
 use crate::pipeline::generate_options::GenerateOptions;
@@ -14,7 +15,7 @@ use crate::pipeline::model::Model;
 use crate::tensor::Tensor;
 
 /// Steps of a preview in v2: one would show the noise that it starts from.
-const PREVIEW_STEPS: u32 = 3;
+const PREVIEW_STEPS: usize = 3;
 /// Previews are not guided: that would double their time.
 const PREVIEW_GUIDANCE: f32 = 1.0;
 
@@ -43,8 +44,8 @@ impl<'a> StageBWalk<'a> {
         cx: &'a Context,
         latents: (usize, usize),
     ) -> Result<Self> {
-        let b = &options.stage_b;
-        Self::walking(model, options, cx, latents, TokenWalk::sampling(options), (b.steps, b.guidance))
+        let steps = (options.stage_b_times(), options.stage_b.guidance);
+        Self::walking(model, options, cx, latents, TokenWalk::sampling(options), steps)
     }
 
     /// The shortest walk that shows something, without guidance.
@@ -57,25 +58,25 @@ impl<'a> StageBWalk<'a> {
         cx: &'a Context,
         latents: (usize, usize),
     ) -> Result<Self> {
-        let short = (PREVIEW_STEPS, PREVIEW_GUIDANCE);
+        let short = (linspace(1.0, 0.0, PREVIEW_STEPS), PREVIEW_GUIDANCE);
         Self::walking(model, options, cx, latents, TokenWalk::preview(), short)
     }
 
-    /// A walk as the two generations call for it: `tokens` in v1, steps and guidance in v2.
+    /// A walk as the two generations call for it: `tokens` in v1, times and guidance in v2.
     fn walking(
         model: &'a Model,
         options: &GenerateOptions,
         cx: &'a Context,
         latents: (usize, usize),
         tokens: TokenSampling,
-        steps_and_guidance: (u32, f32),
+        times_and_guidance: (Vec<f32>, f32),
     ) -> Result<Self> {
         let decoder = model.decoder()?;
         let grid = model.inner.geometry.stage_b_grid(options.width, options.height, latents)?;
         let walk = match &decoder.stage_b {
             StageBPart::Tokens(part) => Walk::Tokens(TokenWalk::new(decoder, part, cx, tokens, grid)?),
             StageBPart::Latents(part, schedule) => {
-                Walk::Latents(LatentWalk::new(part, *schedule, cx, steps_and_guidance, grid)?)
+                Walk::Latents(LatentWalk::new(part, *schedule, cx, times_and_guidance, grid)?)
             }
         };
         Ok(StageBWalk { walk, stage_b: &decoder.stage_b })
