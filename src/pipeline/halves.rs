@@ -278,7 +278,10 @@ fn half_folder(
     };
     let own = ModelIndex::read(folder)?;
     if own.pipeline.generation() != index.pipeline.generation() || !has_half(own.pipeline) {
-        let expected = format!("a folder with that half of a model, as {} is", path.display());
+        let same = |pipeline: &Pipeline| pipeline.generation() == index.pipeline.generation();
+        let fitting = Pipeline::all().filter(|pipeline| same(pipeline) && has_half(*pipeline));
+        let names: Vec<_> = fitting.map(Pipeline::class_name).collect();
+        let expected = format!("the folder of a {}", names.join(" or "));
         let found = format!("{}, a {}", folder.display(), own.pipeline.class_name());
         return Err(Error::argument(option, expected, found));
     }

@@ -57,6 +57,11 @@ impl Pipeline {
         ("StableCascadeDecoderPipeline", Pipeline::V3Decoder),
     ];
 
+    /// All that a folder may hold.
+    pub fn all() -> impl Iterator<Item = Pipeline> {
+        Self::NAMES.iter().map(|(_, pipeline)| *pipeline)
+    }
+
     /// The name in the file.
     pub fn class_name(self) -> &'static str {
         Self::NAMES.iter().find(|(_, pipeline)| *pipeline == self).map_or("", |(name, _)| name)
