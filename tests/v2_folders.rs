@@ -60,7 +60,7 @@ fn a_model_of_the_prior_alone() {
         ("temperature", options.set_stage_b_temperature(1.0, 1.0)),
     ];
     for (what, result) in missing {
-        assert_error(what, result, Kind::Unsupported, &["Stage B and A", "decoder_path"]);
+        assert_error(what, result, Kind::Unsupported, &["decoding latents", "decoder_path"]);
     }
 }
 

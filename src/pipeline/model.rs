@@ -223,7 +223,7 @@ impl Model {
     pub(super) fn decoder(&self) -> Result<&Decoder> {
         self.inner.halves.decoder.as_ref().ok_or_else(|| {
             Error::unsupported(
-                "Stage B and A",
+                "decoding latents",
                 "the folder holds only the prior; name a decoder by decoder_path",
             )
         })
