@@ -12,21 +12,23 @@
 //! of opening, `generate` the peak of memory and what the second picture allocates. Each prints one line of JSON.
 //! `make_full_size.py` and `make_full_size_v2.py` in `tests/reference` write models of the published sizes.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+mod hoist;
+mod memory;
+mod whole;
+
 use std::collections::HashMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use wuerstchen::Tensor;
-use wuerstchen::device::{Context, Device};
-use wuerstchen::ops::linear::{Epilogue, Term, WeightLayout, linear_sum};
-use wuerstchen::pipeline::{GenerateOptions, LogLevel, Model, ModelOptions, Progress, Stage, load};
-use wuerstchen::stages::blocks::Conditioning;
-use wuerstchen::stages::diffnext::DiffNeXt;
+use wuerstchen::pipeline::{GenerateOptions, Model, ModelOptions, Progress, Stage};
+
+use hoist::hoist;
+use memory::{Memory, reset_peak};
+use whole::{generate, open_time};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -42,7 +44,7 @@ const MIB: f64 = 1024. * 1024.;
 fn main() -> Outcome<()> {
     let arguments = Arguments::parse()?;
     let Some(model) = &arguments.model else {
-        println!("stages: nothing to do without --model DIR (see the head of benches/stages.rs)");
+        println!("stages: nothing to do without --model DIR (see the head of benches/stages/main.rs)");
         return Ok(());
     };
     let report = match arguments.part.as_str() {
@@ -158,60 +160,6 @@ fn stage_b(path: &Path, arguments: &Arguments) -> Outcome<Value> {
         Ok(bench.model.stage_b_sample(&latents, &text, negative, options)?)
     })?;
     Ok(bench.report("b", &steps.steps, json!({ "setup_s": steps.setup(), "timed_by": steps.by })))
-}
-
-/// v2: a step of the decoder, and the parts that it would repeat if they were not computed once.
-fn hoist(path: &Path, arguments: &Arguments) -> Outcome<Value> {
-    let bench = Bench::open(path, arguments)?;
-    if bench.is_v1() {
-        return Err("hoist: a v2 model is needed".into());
-    }
-    let device = match arguments.threads {
-        0 => Device::cpu(std::thread::available_parallelism()?.get())?,
-        threads => Device::cpu(threads as usize)?,
-    };
-    let cx = Context::new(&device);
-    let part = load::decoder(&path.join("decoder"))?;
-    let network = &part.network;
-    let mut random = Random(4);
-    let layers = JoinedLayers::new(&part, bench.grid(), &mut random)?;
-    let text = bench.text(&mut random, Stage::B, 1)?;
-    let image = bench.image_embedding(&mut random)?;
-    let x = bench.grid_latents(&mut random)?;
-
-    let once = (network.modulations(&cx, &[0.5])?, network.attend_to_text(&cx, &text)?);
-    let injected = network.inject(&cx, &image, bench.grid())?;
-    let seconds = in_turn(
-        arguments.repeats,
-        &[
-            &|| {
-                let conditioning =
-                    Conditioning { modulations: &once.0, attended: std::slice::from_ref(&once.1) };
-                keep(network.forward(&cx, &x, conditioning, &injected)?)
-            },
-            &|| {
-                let modulations = network.modulations(&cx, &[0.5])?;
-                let attended = [network.attend_to_text(&cx, &text)?];
-                let injected = network.inject(&cx, &image, bench.grid())?;
-                let conditioning = Conditioning { modulations: &modulations, attended: &attended };
-                keep(network.forward(&cx, &x, conditioning, &injected)?)
-            },
-            &|| keep(network.modulations(&cx, &[0.5])?),
-            &|| keep(network.attend_to_text(&cx, &text)?),
-            &|| keep(network.inject(&cx, &image, bench.grid())?),
-            &|| layers.run(&cx, true),
-            &|| layers.run(&cx, false),
-        ],
-    )?;
-    let more = json!({
-        "whole_s": median(&seconds[1][1..]),
-        "modulations_s": median(&seconds[2][1..]),
-        "text_s": median(&seconds[3][1..]),
-        "injection_s": median(&seconds[4][1..]),
-        "layers_folded_s": median(&seconds[5][1..]),
-        "layers_unfolded_s": median(&seconds[6][1..]),
-    });
-    Ok(bench.report("hoist", &seconds[0], more))
 }
 
 /// An open model and what its opening cost.
@@ -352,67 +300,6 @@ fn in_turn(repeats: usize, passes: &[&dyn Fn() -> Outcome<()>]) -> Outcome<Vec<V
     Ok(seconds)
 }
 
-/// The first layers of the decoder's blocks that the image embedding joins.
-struct JoinedLayers {
-    layers: Vec<JoinedLayer>,
-}
-
-/// One of them with random inputs: its own, and the embedding as it is kept and as diffusers maps it in every step.
-struct JoinedLayer {
-    weight: Tensor,
-    own: Tensor,
-    image: Tensor,
-    folded: Tensor,
-    mapped: Tensor,
-}
-
-impl JoinedLayers {
-    fn new(part: &load::Part<DiffNeXt>, grid: (usize, usize), random: &mut Random) -> Outcome<Self> {
-        let config = part.network.config();
-        let mut layers = Vec::new();
-        for name in part.weights.names() {
-            let parts: Vec<&str> = name.split('.').collect();
-            let [way @ ("down_blocks" | "up_blocks"), level, _, "channelwise", "0", "weight"] = parts[..]
-            else {
-                continue;
-            };
-            let level: usize = level.parse()?;
-            let level = if way == "down_blocks" { level } else { config.levels.len() - 1 - level };
-            if !config.injects[level] {
-                continue;
-            }
-            let weight = part.weights.tensor(&name)?;
-            let [hidden, inputs] = weight.dims_of("a first layer")?;
-            let side = |side: usize| (side / config.patch_size) >> level;
-            let mut map = |channels: usize| random.normal(&[1, side(grid.0), side(grid.1), channels]);
-            layers.push(JoinedLayer {
-                own: map(inputs - config.condition_width)?,
-                image: map(config.image_channels)?,
-                mapped: map(config.condition_width)?,
-                folded: random.normal(&[config.image_channels, hidden])?,
-                weight,
-            });
-        }
-        Ok(JoinedLayers { layers })
-    }
-
-    fn run(&self, cx: &Context, folded: bool) -> Outcome<()> {
-        for layer in &self.layers {
-            let layout = WeightLayout::RowsAreOutputs;
-            let own = Term { x: &layer.own, weight: &layer.weight, layout, first_input: 0 };
-            let image = match folded {
-                true => {
-                    let layout = WeightLayout::RowsAreInputs;
-                    Term { x: &layer.image, weight: &layer.folded, layout, first_input: 0 }
-                }
-                false => Term { x: &layer.mapped, first_input: layer.own.shape().channels(), ..own },
-            };
-            keep(linear_sum(cx, &[own, image], &Epilogue::default())?)?;
-        }
-        Ok(())
-    }
-}
-
 /// Makes sure that a result is computed though nobody looks at it.
 fn keep<T>(result: T) -> Outcome<()> {
     std::hint::black_box(result);
@@ -469,236 +356,6 @@ fn time_steps(
 }
 
 // ---------------------------------------------------------------- opening, memory, allocations
-
-fn open_time(path: &Path, arguments: &Arguments) -> Outcome<Value> {
-    let lines = Arc::new(Mutex::new(Vec::new()));
-    let receiver = lines.clone();
-    let mut options = arguments.options()?;
-    options.set_log(
-        LogLevel::Debug,
-        Some(Arc::new(move |_: LogLevel, line: &str| {
-            receiver.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
-        })),
-    );
-
-    let before = Memory::now()?;
-    let start = Instant::now();
-    let model = Model::open(path, &options)?;
-    let first_s = start.elapsed().as_secs_f64();
-    let after = Memory::now()?;
-    let log = std::mem::take(&mut *lines.lock().unwrap_or_else(PoisonError::into_inner));
-    let info = model.info();
-    drop(model);
-
-    let options = arguments.options()?;
-    let again = repeat(arguments.repeats, || Ok(Model::open(path, &options)?))?;
-    Ok(json!({
-        "who": "wuerstchen",
-        "part": "open",
-        "first_s": first_s,
-        "median_s": median(&again),
-        "tokenizer_s": tokenizer_seconds(path)?,
-        "rss_before_mib": before.rss_mib,
-        "rss_after_mib": after.rss_mib,
-        "anonymous_after_mib": after.anonymous_mib,
-        "mapped_resident_after_mib": after.file_mib,
-        "weights_on_disk_mib": weight_bytes(path)? as f64 / MIB,
-        "bytes_mapped": info.bytes_mapped,
-        "bytes_host": info.bytes_host,
-        "log": log,
-    }))
-}
-
-/// Reading the tokenizer alone, if the folder has it in the usual place.
-fn tokenizer_seconds(path: &Path) -> Outcome<Option<f64>> {
-    let file = path.join("tokenizer/tokenizer.json");
-    if !file.exists() {
-        return Ok(None);
-    }
-    let start = Instant::now();
-    let tokenizer = tokenizers::Tokenizer::from_file(file).map_err(|error| error.to_string())?;
-    std::hint::black_box(tokenizer);
-    Ok(Some(start.elapsed().as_secs_f64()))
-}
-
-fn generate(path: &Path, arguments: &Arguments) -> Outcome<Value> {
-    let bench = Bench::open(path, arguments)?;
-    let mut options = GenerateOptions::new(&bench.model)?;
-    options.add_prompt("a red bird on a branch", None)?;
-    options.set_seed(7)?;
-    options.set_stage_c(arguments.stage_c_steps, STAGE_C_GUIDANCE)?;
-    options.set_stage_b(arguments.stage_b_steps, bench.stage_b_guidance())?;
-
-    let mut seconds = Vec::new();
-    let mut pictures = Vec::new();
-    let mut records = Vec::new();
-    for _ in 0..2 {
-        COUNTER.start();
-        let start = Instant::now();
-        pictures.push(bench.model.generate(&options)?);
-        seconds.push(start.elapsed().as_secs_f64());
-        records.push(COUNTER.stop());
-    }
-    let (first, second) = (&records[0], &records[1]);
-    let memory = Memory::now()?;
-
-    let output_bytes = pictures[1][0].data().len();
-    let same = pictures[0][0].data() == pictures[1][0].data();
-    // A buffer may be rounded up to its alignment.
-    let is_output = |bytes: usize| (output_bytes..=output_bytes + 64).contains(&bytes);
-    let others: Vec<usize> = second.large.iter().copied().filter(|&bytes| !is_output(bytes)).collect();
-    let outputs = second.large.len() - others.len();
-    let all_listed = second.large_count == second.large.len();
-    if !same {
-        return Err("the same seed gave two different pictures".into());
-    }
-    Ok(json!({
-        "who": "wuerstchen",
-        "part": "generate",
-        "threads": arguments.threads,
-        "stage_c_steps": arguments.stage_c_steps,
-        "stage_b_steps": arguments.stage_b_steps,
-        "seconds": seconds,
-        "rss_peak_mib": memory.peak_mib,
-        "anonymous_after_mib": memory.anonymous_mib,
-        "mapped_resident_after_mib": memory.file_mib,
-        "weights_on_disk_mib": weight_bytes(path)? as f64 / MIB,
-        "first": { "allocations": first.allocations, "bytes": first.bytes, "large": first.large_count },
-        "second": {
-            "allocations": second.allocations,
-            "bytes": second.bytes,
-            "large": second.large_count,
-            "large_outputs": outputs,
-            "large_others": others,
-        },
-        "second_allocates_only_the_output": others.is_empty() && outputs == 1 && all_listed,
-    }))
-}
-
-/// Allocations at least this large are listed one by one.
-const LARGE_BYTES: usize = 4096;
-const LISTED: usize = 256;
-
-/// The system allocator, counting between `start` and `stop`.
-struct Counter {
-    on: AtomicBool,
-    allocations: AtomicUsize,
-    bytes: AtomicUsize,
-    large: AtomicUsize,
-    sizes: [AtomicUsize; LISTED],
-}
-
-struct Counted {
-    allocations: usize,
-    bytes: usize,
-    large_count: usize,
-    /// The first [`LISTED`] of them.
-    large: Vec<usize>,
-}
-
-// The library's own takes this place unless its default features are off, as in `run.py`; nothing is counted then.
-#[cfg_attr(not(feature = "host-memory-guard"), global_allocator)]
-#[cfg_attr(feature = "host-memory-guard", allow(dead_code))]
-static COUNTER: Counter = Counter {
-    on: AtomicBool::new(false),
-    allocations: AtomicUsize::new(0),
-    bytes: AtomicUsize::new(0),
-    large: AtomicUsize::new(0),
-    sizes: [const { AtomicUsize::new(0) }; LISTED],
-};
-
-impl Counter {
-    fn start(&self) {
-        for counter in [&self.allocations, &self.bytes, &self.large] {
-            counter.store(0, Ordering::SeqCst);
-        }
-        self.on.store(true, Ordering::SeqCst);
-    }
-
-    fn stop(&self) -> Counted {
-        self.on.store(false, Ordering::SeqCst);
-        let large_count = self.large.load(Ordering::SeqCst);
-        let listed = &self.sizes[..large_count.min(LISTED)];
-        Counted {
-            allocations: self.allocations.load(Ordering::SeqCst),
-            bytes: self.bytes.load(Ordering::SeqCst),
-            large_count,
-            large: listed.iter().map(|size| size.load(Ordering::SeqCst)).collect(),
-        }
-    }
-
-    fn count(&self, bytes: usize) {
-        if !self.on.load(Ordering::Relaxed) {
-            return;
-        }
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        if bytes >= LARGE_BYTES {
-            let at = self.large.fetch_add(1, Ordering::Relaxed);
-            if let Some(size) = self.sizes.get(at) {
-                size.store(bytes, Ordering::Relaxed);
-            }
-        }
-    }
-}
-
-// SAFETY: every call is passed on to the system allocator unchanged; counting touches only atomics.
-unsafe impl GlobalAlloc for Counter {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        self.count(layout.size());
-        // SAFETY: the caller's promises are the ones that `System` asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        self.count(layout.size());
-        // SAFETY: as in `alloc`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        self.count(new_size);
-        // SAFETY: as in `alloc`.
-        unsafe { System.realloc(block, layout, new_size) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: as in `alloc`.
-        unsafe { System.dealloc(block, layout) }
-    }
-}
-
-/// What the kernel says of this process's resident memory, in MiB.
-struct Memory {
-    rss_mib: f64,
-    peak_mib: f64,
-    anonymous_mib: f64,
-    file_mib: f64,
-}
-
-impl Memory {
-    fn now() -> Outcome<Self> {
-        let status = std::fs::read_to_string("/proc/self/status")?;
-        let field = |name: &str| -> Outcome<f64> {
-            let line = status.lines().find(|line| line.starts_with(name)).ok_or(name.to_owned())?;
-            let kib = line.split_whitespace().nth(1).ok_or(name.to_owned())?;
-            Ok(kib.parse::<f64>()? / 1024.)
-        };
-        Ok(Memory {
-            rss_mib: field("VmRSS:")?,
-            peak_mib: field("VmHWM:")?,
-            anonymous_mib: field("RssAnon:")?,
-            file_mib: field("RssFile:")?,
-        })
-    }
-}
-
-/// Makes the kernel's peak start again at the present size; where that is forbidden it includes opening.
-fn reset_peak() {
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
-// ---------------------------------------------------------------- small helpers
 
 fn config(model: &Path, part: &str) -> Outcome<Value> {
     Ok(serde_json::from_slice(&std::fs::read(model.join(part).join("config.json"))?)?)
