@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/damage.rs"]
+mod damage;
 #[path = "common/errors.rs"]
 mod errors;
 #[path = "common/folder.rs"]
@@ -11,8 +13,9 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use errors::{Kind, assert_error, kind};
-use folder::{Folder, PARTS, Stored, WEIGHTS, emoji, file_of, open, picture, read_tensors, short, tiny};
+use damage::{check_refused, complaint};
+use errors::{Kind, assert_error};
+use folder::{Folder, PARTS, WEIGHTS, emoji, file_of, open, picture, read_tensors, short, tiny};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use wuerstchen::{GenerateOptions, Image, Model, Result, Stage};
@@ -329,38 +332,9 @@ fn parts_of_different_models() {
 fn tensors_that_are_not_as_they_should_be() {
     for part in PARTS {
         let all = read_tensors(&tiny().join(part).join(WEIGHTS));
-        let file = format!("{part}/{WEIGHTS}");
         // Some of them from all over the file.
-        let chosen = || all.iter().filter(|t| t.is_float()).step_by(all.len().div_ceil(8));
-        for tensor in chosen() {
-            let name = tensor.name.as_str();
-            let changed = |change: &dyn Fn(&mut Vec<Stored>, usize)| {
-                opened(|folder| {
-                    folder.edit_weights(part, |tensors| {
-                        let place = tensors.iter().position(|t| t.name == name).unwrap();
-                        change(tensors, place);
-                    });
-                })
-                .1
-            };
-            let what = format!("{part}: {name}");
-            let missing = changed(&|tensors, i| drop(tensors.remove(i)));
-            assert_error(&what, missing, Kind::Format, &[&file, name, "none of this name"]);
-            let shape = format!("found {:?}", [&tensor.shape[..], &[1]].concat());
-            let reshaped = changed(&|tensors, i| tensors[i].shape.push(1));
-            assert_error(&what, reshaped, Kind::Format, &[&file, name, "expected shape", &shape]);
-            let typed = changed(&|tensors, i| {
-                let elements = tensors[i].data.len() / 4;
-                tensors[i].dtype = Dtype::I64;
-                tensors[i].data = vec![0; elements * 8];
-            });
-            assert_error(&what, typed, Kind::Format, &[&file, name, "F32, F16 or BF16", "I64"]);
-            let doubles = changed(&|tensors, i| {
-                let elements = tensors[i].data.len() / 4;
-                tensors[i].dtype = Dtype::F64;
-                tensors[i].data = vec![0; elements * 8];
-            });
-            assert_error(&what, doubles, Kind::Format, &[&file, name, "F32, F16 or BF16", "F64"]);
+        for tensor in all.iter().filter(|t| t.is_float()).step_by(all.len().div_ceil(8)) {
+            check_refused(&tiny(), part, tensor);
         }
     }
 }
@@ -418,17 +392,7 @@ fn weights_that_are_not_numbers() {
             let infinity = if i % 2 == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
             let values = if may_be_infinite(name) { &[f32::NAN][..] } else { &[f32::NAN, infinity] };
             for &value in values {
-                let folder = Folder::of(&tiny());
-                folder.edit_weights(part, |tensors| tensors[i].fill(value));
-                let found = open(folder.path()).and_then(|model| use_all(&model));
-                let count = format!("{} that are not", tensor.floats().len());
-                let named =
-                    |text: &str| [&file, name, "finite weights", &count].iter().all(|p| text.contains(p));
-                match found {
-                    Err(error) if kind(&error) == Some(Kind::Format) && named(&error.to_string()) => {}
-                    Err(error) => wrong.push(format!("{part}: {name} = {value}: {error}")),
-                    Ok(_) => wrong.push(format!("{part}: {name} = {value}: a picture")),
-                }
+                wrong.extend(complaint(&tiny(), part, (i, tensor), value, use_all));
             }
         }
     }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/damage.rs"]
+mod damage;
 #[path = "common/errors.rs"]
 mod errors;
 #[path = "common/folder.rs"]
@@ -9,11 +11,9 @@ mod folder;
 
 use std::path::Path;
 
-use errors::{Kind, assert_error, kind};
-use folder::{
-    Folder, Stored, V2_PARTS, bare, file_of, open, picture, read_tensors, short, tiny, v2, weights_of,
-};
-use safetensors::Dtype;
+use damage::{check_refused, complaint};
+use errors::{Kind, assert_error};
+use folder::{Folder, V2_PARTS, bare, file_of, open, picture, read_tensors, short, tiny, v2, weights_of};
 use serde_json::{Value, json};
 use wuerstchen::{Error, Image, Model, ModelOptions, Result, Stage};
 
@@ -439,28 +439,7 @@ fn tensors_that_are_not_as_they_should_be() {
         let all = read_tensors(&v2("model").join(&file));
         // Some of them from all over the file.
         for tensor in all.iter().filter(|t| t.is_float()).step_by(all.len().div_ceil(12)) {
-            let name = tensor.name.as_str();
-            let changed = |change: &dyn Fn(&mut Vec<Stored>, usize)| {
-                opened(|folder| {
-                    folder.edit_weights(part, |tensors| {
-                        let place = tensors.iter().position(|t| t.name == name).unwrap();
-                        change(tensors, place);
-                    });
-                })
-                .1
-            };
-            let what = format!("{part}: {name}");
-            let missing = changed(&|tensors, i| drop(tensors.remove(i)));
-            assert_error(&what, missing, Kind::Format, &[&file, name, "none of this name"]);
-            let shape = format!("found {:?}", [&tensor.shape[..], &[1]].concat());
-            let reshaped = changed(&|tensors, i| tensors[i].shape.push(1));
-            assert_error(&what, reshaped, Kind::Format, &[&file, name, "expected shape", &shape]);
-            let typed = changed(&|tensors, i| {
-                let elements = tensors[i].data.len() / 4;
-                tensors[i].dtype = Dtype::I64;
-                tensors[i].data = vec![0; elements * 8];
-            });
-            assert_error(&what, typed, Kind::Format, &[&file, name, "F32, F16 or BF16", "I64"]);
+            check_refused(&v2("model"), part, tensor);
         }
     }
     // A tensor that no layer asks for, but in text towers: theirs come with a projection or without.
@@ -542,17 +521,8 @@ fn weights_that_are_not_numbers() {
             let infinity = if i % 2 == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
             let values = if may_be_infinite(name) { &[f32::NAN][..] } else { &[f32::NAN, infinity] };
             for (preview, &value) in (i as u32..).zip(values) {
-                let folder = Folder::of(&v2("model"));
-                folder.edit_weights(part, |tensors| tensors[i].fill(value));
-                let found = open(folder.path()).and_then(|model| use_all(&model, preview % 3));
-                let count = format!("{} that are not", tensor.floats().len());
-                let named =
-                    |text: &str| [&file, name, "finite weights", &count].iter().all(|p| text.contains(p));
-                match found {
-                    Err(error) if kind(&error) == Some(Kind::Format) && named(&error.to_string()) => {}
-                    Err(error) => wrong.push(format!("{part}: {name} = {value}: {error}")),
-                    Ok(_) => wrong.push(format!("{part}: {name} = {value}: a picture")),
-                }
+                let used = |model: &Model| use_all(model, preview % 3);
+                wrong.extend(complaint(&v2("model"), part, (i, tensor), value, used));
             }
         }
     }
