@@ -8,6 +8,7 @@ pub mod scratch;
 pub mod simd;
 pub mod threads;
 
+use std::any::Any;
 use std::sync::Arc;
 
 pub use cancel::CancelToken;
@@ -61,17 +62,41 @@ impl Device {
     }
 }
 
-/// What an op needs to run: the device, and the tokens that may stop it. Passed to every op and layer.
+/// What an op needs to run: the device, the tokens that may stop it, and the tape it records on, if any. Passed to
+/// every op and layer.
 #[derive(Debug, Clone)]
 pub struct Context {
     device: Device,
     cancels: Vec<CancelToken>,
+    attachment: Option<Attachment>,
+}
+
+/// Something that a layer above hands down to those between: `tensor::autograd` attaches its tape. The device does
+/// not look at it.
+#[derive(Clone)]
+struct Attachment(Arc<dyn Any + Send + Sync>);
+
+impl std::fmt::Debug for Attachment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Attachment")
+    }
 }
 
 impl Context {
     /// A context that nothing cancels.
     pub fn new(device: &Device) -> Self {
-        Context { device: device.clone(), cancels: Vec::new() }
+        Context { device: device.clone(), cancels: Vec::new(), attachment: None }
+    }
+
+    /// The same context with `attachment` in the place of what was attached.
+    #[must_use]
+    pub fn attached(&self, attachment: Option<Arc<dyn Any + Send + Sync>>) -> Self {
+        Context { attachment: attachment.map(Attachment), ..self.clone() }
+    }
+
+    /// What is attached, if it is a `T`.
+    pub fn attachment<T: Any>(&self) -> Option<&T> {
+        self.attachment.as_ref().and_then(|attached| attached.0.downcast_ref())
     }
 
     /// The same context, stopped by `token` too.

@@ -5,6 +5,7 @@ use crate::device::{Context, Device};
 use crate::error::Result;
 use crate::ops::activation::Activation;
 use crate::ops::kernels;
+use crate::tensor::autograd::{self, Tape};
 use crate::tensor::rng::Philox;
 use crate::tensor::{DType, Tensor};
 
@@ -114,3 +115,49 @@ pub fn activation(activation: Activation, x: f64) -> f64 {
         }
     }
 }
+
+/// Compares the gradients that the tape finds for every input of `op` with central differences of its `definition`
+/// in f64, under a random gradient of the result.
+///
+/// # Panics
+/// If one differs by more than 1e-4 of the largest, or is missing.
+pub fn gradients(
+    inputs: &[Tensor],
+    op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>,
+    definition: impl Fn(&[Vec<f64>]) -> Vec<f64>,
+) {
+    let cx = cx();
+    let tape = Tape::new();
+    let leaves: Vec<Tensor> = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(x, i)).collect();
+    let out = op(&tape.attach(&cx), &leaves).unwrap();
+    let of_out = random(out.dims(), 4711);
+    let seed = wide(&of_out);
+    let mut found = autograd::Gradients::default();
+    tape.backward(&cx, &[(&out, of_out)], &mut found).unwrap();
+
+    let mut values: Vec<Vec<f64>> = inputs.iter().map(wide).collect();
+    for i in 0..inputs.len() {
+        let expected: Vec<f64> = (0..values[i].len())
+            .map(|j| {
+                let at = values[i][j];
+                let mut loss = |x: f64| {
+                    values[i][j] = x;
+                    let y = definition(&values);
+                    assert_eq!(y.len(), seed.len(), "elements of the definition");
+                    y.iter().zip(&seed).map(|(y, s)| y * s).sum::<f64>()
+                };
+                let difference = loss(at + STEP) - loss(at - STEP);
+                values[i][j] = at;
+                difference / (2.0 * STEP)
+            })
+            .collect();
+        let gradient = found.get(i).unwrap_or_else(|| panic!("no gradient reached input {i}"));
+        let scale = expected.iter().fold(1e-3f64, |m, v| m.max(v.abs()));
+        for (j, (got, want)) in wide(gradient).iter().zip(&expected).enumerate() {
+            assert!((got - want).abs() <= 1e-4 * scale, "input {i}, element {j}: {got} instead of {want}");
+        }
+    }
+}
+
+/// Of the central differences: their error is of the order of its square.
+const STEP: f64 = 1e-4;

@@ -80,7 +80,7 @@ pub(crate) fn widened(cx: &Context, what: &'static str, tensor: &Tensor) -> Resu
     }
     let mut wide = Tensor::new(cx, what, tensor.dims(), DType::F32)?;
     widen(tensor, 0, wide.slice_mut()?)?;
-    Ok(wide)
+    Ok(wide.tracked_as(tensor))
 }
 
 /// A float vector of `channels` elements, in any shape, as `f32`.

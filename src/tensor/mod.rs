@@ -1,5 +1,6 @@
 //! What a tensor is: shape, element type, storage. Always contiguous, channels last. Names no op.
 
+pub mod autograd;
 mod dtype;
 pub mod rng;
 mod shape;
@@ -23,6 +24,8 @@ pub struct Tensor {
     storage: Storage,
     /// First byte within the storage.
     offset: usize,
+    /// Where on a tape its gradient is summed, if it has one. Shapes do not matter there.
+    tracked: Option<autograd::Tracked>,
 }
 
 /// Where the bytes lie.
@@ -41,7 +44,7 @@ impl Tensor {
     pub fn new(cx: &Context, what: &'static str, dims: &[usize], dtype: DType) -> Result<Self> {
         let shape = Shape::new(dims)?;
         let buffer = cx.device().take(what, shape.elements() * dtype.size())?;
-        Ok(Tensor { shape, dtype, storage: Storage::Host(Arc::new(buffer)), offset: 0 })
+        Ok(Tensor { shape, dtype, storage: Storage::Host(Arc::new(buffer)), offset: 0, tracked: None })
     }
 
     /// A pooled tensor of zeros.
@@ -66,7 +69,7 @@ impl Tensor {
         }
         let buffer = Buffer::new("a tensor", std::mem::size_of_val(values))?;
         let mut tensor =
-            Tensor { shape, dtype: T::DTYPE, storage: Storage::Host(Arc::new(buffer)), offset: 0 };
+            Tensor { shape, dtype: T::DTYPE, storage: Storage::Host(Arc::new(buffer)), offset: 0, tracked: None };
         tensor.slice_mut::<T>()?.copy_from_slice(values);
         Ok(tensor)
     }
@@ -99,7 +102,7 @@ impl Tensor {
     pub fn detached(&self) -> Result<Self> {
         let mut buffer = Buffer::new("a tensor", self.bytes().len())?;
         buffer.bytes_mut().copy_from_slice(self.bytes());
-        Ok(Tensor { storage: Storage::Host(Arc::new(buffer)), offset: 0, ..*self })
+        Ok(Tensor { storage: Storage::Host(Arc::new(buffer)), offset: 0, tracked: None, ..*self })
     }
 
     /// A tensor inside a mapped file, from byte `offset` on.
@@ -117,7 +120,7 @@ impl Tensor {
             let expected = format!("data aligned to {} bytes", dtype.size());
             return Err(Error::argument("a mapped tensor", expected, format!("offset {offset}")));
         }
-        Ok(Tensor { shape, dtype, storage: Storage::Mapped(map.clone()), offset })
+        Ok(Tensor { shape, dtype, storage: Storage::Mapped(map.clone()), offset, tracked: None })
     }
 
     /// The shape.
@@ -222,12 +225,31 @@ impl Tensor {
         if start.checked_add(count).is_none_or(|end| end > first) {
             return Err(Error::argument("narrow", format!("a range within {first}"), start + count));
         }
-        let stride: usize = inner.iter().product::<usize>() * self.dtype.size();
+        let entry: usize = inner.iter().product();
+        let stride = entry * self.dtype.size();
         let mut dims = [1; MAX_RANK];
         dims[..self.dims().len()].copy_from_slice(self.dims());
         dims[0] = count;
         let shape = Shape::new(&dims[..self.dims().len()])?;
-        Ok(Tensor { shape, offset: self.offset + start * stride, ..self.clone() })
+        let tracked = self.tracked.map(|whole| whole.part(start * entry, count * entry));
+        Ok(Tensor { shape, offset: self.offset + start * stride, tracked, ..self.clone() })
+    }
+
+    /// Where on a tape this tensor's gradient is summed, if it has one.
+    pub fn tracked(&self) -> Option<autograd::Tracked> {
+        self.tracked
+    }
+
+    /// These numbers, of which the tape knows what it knows of `other`: the same in another type.
+    #[must_use]
+    pub fn tracked_as(self, other: &Tensor) -> Self {
+        Tensor { tracked: other.tracked, ..self }
+    }
+
+    /// The same numbers, of which no tape knows: a constant.
+    #[must_use]
+    pub fn constant(&self) -> Self {
+        Tensor { tracked: None, ..self.clone() }
     }
 }
 
