@@ -13,7 +13,8 @@ const LAYERS: &[&[&str]] = &[
     &["ops"],
     &["nn"],
     &["stages", "diffusion", "weights", "text", "image"],
-    &["pipeline", "training"],
+    &["pipeline"],
+    &["training"],
     &["capi"],
 ];
 

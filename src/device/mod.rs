@@ -15,6 +15,7 @@ pub use cancel::CancelToken;
 pub use memory::{ALIGNMENT, Buffer, Pool};
 
 use crate::error::{Error, Result};
+use scratch::SharedMut;
 use threads::ThreadPool;
 
 /// A compute device: threads and reusable memory. Clones share both.
@@ -130,5 +131,40 @@ impl Context {
             }
         })?;
         self.check()
+    }
+
+    /// Calls `body(i, part)` for each part of `chunk` elements of `out` (the last may be shorter), in parallel.
+    ///
+    /// # Errors
+    /// As [`Context::parallel`].
+    pub fn parallel_chunks<T: Send>(
+        &self,
+        out: &mut [T],
+        chunk: usize,
+        body: impl Fn(usize, &mut [T]) + Sync,
+    ) -> Result<()> {
+        self.parallel_chunks_of([out], chunk, |i, [part]| body(i, part))
+    }
+
+    /// As [`Context::parallel_chunks`], over the same parts of several slices. Their lengths must be the same.
+    ///
+    /// # Errors
+    /// As [`Context::parallel`]; `Internal` for slices of different lengths.
+    pub fn parallel_chunks_of<T: Send, const N: usize>(
+        &self,
+        slices: [&mut [T]; N],
+        chunk: usize,
+        body: impl Fn(usize, [&mut [T]; N]) + Sync,
+    ) -> Result<()> {
+        let (len, chunk) = (slices.first().map_or(0, |slice| slice.len()), chunk.max(1));
+        if slices.iter().any(|slice| slice.len() != len) {
+            return Err(Error::internal("a parallel loop", "slices of different lengths"));
+        }
+        let shared = slices.map(SharedMut::new);
+        self.parallel(len.div_ceil(chunk), |i| {
+            let (start, count) = (i * chunk, chunk.min(len - i * chunk));
+            // SAFETY: each task number occurs once, and the ranges of different numbers are disjoint.
+            body(i, std::array::from_fn(|n| unsafe { shared[n].part(start, count) }));
+        })
     }
 }

@@ -5,7 +5,6 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::device::Context;
-use crate::device::scratch::SharedMut;
 #[cfg(test)]
 use crate::device::simd;
 pub(crate) use crate::device::simd::fma as mul_add;
@@ -28,12 +27,7 @@ pub(crate) fn parallel_chunks<T: Send>(
     chunk: usize,
     body: impl Fn(usize, &mut [T]) + Sync,
 ) -> Result<()> {
-    let (len, chunk) = (out.len(), chunk.max(1));
-    let out = SharedMut::new(out);
-    cx.parallel(len.div_ceil(chunk), |i| {
-        // SAFETY: each task number occurs once, and the ranges of different numbers are disjoint.
-        body(i, unsafe { out.part(i * chunk, chunk.min(len - i * chunk)) });
-    })
+    cx.parallel_chunks(out, chunk, body)
 }
 
 /// Changes `x` part by part: where it lies if nobody else owns its memory, else in a copy.

@@ -1,6 +1,7 @@
 //! The numerical operations: one folder per op with its definition, checks and tests, and its kernel beside it.
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 pub mod batch;
 #[cfg(test)]
@@ -10,12 +11,14 @@ pub mod conv_transpose2d;
 pub mod depthwise_conv;
 pub mod elementwise;
 pub mod embedding;
+pub mod fold_norm;
 pub(crate) mod kernels;
 pub mod layer_norm;
 pub mod linear;
 pub mod noise_head;
 pub mod pixel_shuffle;
 pub mod pool;
+pub mod repeat;
 pub mod residual_mlp;
 pub mod resize;
 pub mod response_norm;

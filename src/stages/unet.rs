@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::nn::{Linear, Params};
 use crate::ops::linear::{Epilogue, linear_transposed};
 use crate::ops::pixel_shuffle::{pixel_shuffle, pixel_unshuffle};
-use crate::ops::widen::widen;
-use crate::tensor::{DType, Tensor};
+use crate::ops::repeat::repeat_each;
+use crate::tensor::Tensor;
 
 /// Between two levels the grid shrinks by this factor.
 const LEVEL_STRIDE: usize = 2;
@@ -256,17 +256,8 @@ impl Upsample {
 
     fn forward(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
         // Each output channel is spread over a patch: so is its bias.
-        let bias = repeat_each(cx, &widen(cx, &self.bias)?, LEVEL_STRIDE * LEVEL_STRIDE)?;
+        let bias = repeat_each(cx, &self.bias, LEVEL_STRIDE * LEVEL_STRIDE)?;
         let then = Epilogue { bias: Some(&bias), ..Epilogue::default() };
         pixel_shuffle(cx, &linear_transposed(cx, x, &self.weight, &then)?, LEVEL_STRIDE)
     }
-}
-
-/// Each element `times` times in a row.
-fn repeat_each(cx: &Context, x: &Tensor, times: usize) -> Result<Tensor> {
-    let mut repeated = Tensor::new(cx, "a repeated bias", &[x.elements() * times], DType::F32)?;
-    for (out, x) in repeated.slice_mut::<f32>()?.chunks_exact_mut(times).zip(x.slice::<f32>()?) {
-        out.fill(*x);
-    }
-    Ok(repeated)
 }

@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{DType, Shape, Tensor};
 use crate::device::Context;
-use crate::device::scratch::SharedMut;
 use crate::error::{Error, Result};
 
 /// The tape number of leaves, which belong to all tapes.
@@ -364,12 +363,7 @@ fn add_to(cx: &Context, sums: &mut HashMap<usize, Tensor>, to: Tracked, gradient
         *sum = own;
     }
     let added = gradient.slice::<f32>()?;
-    let part = &mut sum.slice_mut::<f32>()?[to.start..][..to.len];
-    let (len, part) = (part.len(), SharedMut::new(part));
-    cx.parallel(len.div_ceil(CHUNK), |i| {
-        let count = CHUNK.min(len - i * CHUNK);
-        // SAFETY: each task number occurs once, and the ranges of different numbers are disjoint.
-        let part = unsafe { part.part(i * CHUNK, count) };
+    cx.parallel_chunks(&mut sum.slice_mut::<f32>()?[to.start..][..to.len], CHUNK, |i, part| {
         part.iter_mut().zip(&added[i * CHUNK..]).for_each(|(sum, added)| *sum += added);
     })
 }

@@ -1,0 +1,207 @@
+//! The numbers that training changes: `f32` copies of a model's weights, found by letting the networks load.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use half::{bf16, f16};
+
+use crate::device::Context;
+use crate::error::{Error, Result};
+use crate::nn::{Params, Source};
+use crate::ops::widen::widen;
+use crate::tensor::autograd::{self, Gradients};
+use crate::tensor::{DType, Tensor};
+
+/// What training does to a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The optimiser changes it.
+    Trained,
+    /// A running statistic of a BatchNorm: it follows the batches, and has no gradient.
+    Statistic,
+    /// It stays as it is.
+    Frozen,
+}
+
+/// One tensor of a network under its structural name.
+#[derive(Debug)]
+pub struct Parameter {
+    /// The name that layers ask for.
+    pub name: String,
+    /// What training does to it.
+    pub role: Role,
+    /// `F32`, in memory of its own.
+    master: Tensor,
+    /// What the networks compute with, if that is another type than `F32`.
+    working: Option<Tensor>,
+}
+
+/// The parameters of the networks that one trainer changes, in the order in which the networks load them: the walk
+/// over names that loading is also serves the optimiser, the average, checkpoints and export.
+///
+/// As a [`Source`] it hands out leaves of the tape, numbered by their places in the list. Networks that were loaded
+/// from it share its memory, so they must be gone before [`Parameters::values_mut`], and are loaded anew
+/// afterwards: that costs a list of names, no numbers.
+#[derive(Debug, Default)]
+pub struct Parameters {
+    list: Vec<Parameter>,
+    by_name: HashMap<String, usize>,
+}
+
+/// The last part of the names of running statistics.
+const STATISTICS: [&str; 2] = ["running_mean", "running_var"];
+
+impl Parameters {
+    /// Adds copies of everything that `load` asks of `source`, below `prefix`.
+    ///
+    /// # Errors
+    /// Those of `load`; `OutOfMemory`.
+    pub fn add<T>(
+        &mut self,
+        cx: &Context,
+        prefix: &str,
+        source: &dyn Source,
+        role: Role,
+        load: impl FnOnce(&Params) -> Result<T>,
+    ) -> Result<()> {
+        let collector = Collector { source, asked: Mutex::default() };
+        load(&Params::new(&collector))?;
+        let asked = collector.asked.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for (name, tensor) in asked {
+            let statistic = STATISTICS.iter().any(|leaf| name.rsplit('.').next() == Some(leaf));
+            let role = if statistic && role == Role::Trained { Role::Statistic } else { role };
+            // Widening an `F32` tensor gives the mapped one: the copy is what may be written.
+            self.push(format!("{prefix}.{name}"), role, widen(cx, &tensor)?.detached()?);
+        }
+        Ok(())
+    }
+
+    /// Adds one parameter, `F32` and the only owner of its memory. One of that name is replaced.
+    pub fn push(&mut self, name: String, role: Role, master: Tensor) {
+        let parameter = Parameter { name: name.clone(), role, master, working: None };
+        match self.by_name.get(&name) {
+            Some(&place) => self.list[place] = parameter,
+            None => {
+                self.by_name.insert(name, self.list.len());
+                self.list.push(parameter);
+            }
+        }
+    }
+
+    /// All, in order; the place is the number of the leaf.
+    pub fn list(&self) -> &[Parameter] {
+        &self.list
+    }
+
+    /// The place of a parameter.
+    pub fn place(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The places of those that the optimiser changes.
+    pub fn trained(&self) -> impl Iterator<Item = usize> + '_ {
+        self.list.iter().enumerate().filter(|(_, p)| p.role == Role::Trained).map(|(place, _)| place)
+    }
+
+    /// The numbers of a parameter, to change. Networks loaded from here must be gone.
+    ///
+    /// # Errors
+    /// `Internal` if one is not.
+    pub fn values_mut(&mut self, place: usize) -> Result<&mut [f32]> {
+        self.list[place].master.slice_mut()
+    }
+
+    /// Freezes or thaws those whose name `which` picks; statistics stay what they are.
+    pub fn set_role(&mut self, role: Role, which: impl Fn(&str) -> bool) {
+        let chosen = self.list.iter_mut().filter(|p| p.role != Role::Statistic && which(&p.name));
+        chosen.for_each(|p| p.role = role);
+    }
+
+    /// Lets the networks compute with weights of another type, rounded from the masters: after every change anew.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a type that is not a float; `OutOfMemory`.
+    pub fn round_to(&mut self, dtype: DType) -> Result<()> {
+        for parameter in &mut self.list {
+            parameter.working = match dtype {
+                DType::F32 => None,
+                // Statistics and other vectors are few: only matrices are worth rounding.
+                _ if parameter.role == Role::Statistic || parameter.master.dims().len() < 2 => None,
+                _ => Some(rounded(&parameter.master, dtype, parameter.working.take())?),
+            };
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// `Internal`, naming the first trained parameter that no gradient reached.
+    pub fn expect_gradients(&self, gradients: &Gradients) -> Result<()> {
+        gradients.expect_all(self.trained().map(|place| (place, self.list[place].name.as_str())))
+    }
+}
+
+impl Parameter {
+    /// The numbers, `F32`.
+    pub fn master(&self) -> &Tensor {
+        &self.master
+    }
+}
+
+impl Source for Parameters {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let Some(&place) = self.by_name.get(name) else {
+            return Err(Error::internal("parameters", format!("{name} was not collected")));
+        };
+        let parameter = &self.list[place];
+        let tensor = parameter.working.as_ref().unwrap_or(&parameter.master).reshape(shape)?;
+        Ok(if parameter.role == Role::Trained { autograd::leaf(&tensor, place) } else { tensor })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+}
+
+/// The numbers in another type, in `reused` memory if that is free.
+fn rounded(x: &Tensor, dtype: DType, reused: Option<Tensor>) -> Result<Tensor> {
+    let values = x.slice::<f32>()?;
+    let zeros = |dims: &[usize]| match dtype {
+        DType::F16 => Tensor::from_slice(dims, &vec![f16::ZERO; x.elements()]),
+        DType::BF16 => Tensor::from_slice(dims, &vec![bf16::ZERO; x.elements()]),
+        other => Err(Error::argument("compute dtype", "F32, F16 or BF16", other)),
+    };
+    let mut out = match reused.filter(|t| t.dtype() == dtype && t.elements() == x.elements()) {
+        Some(tensor) => tensor,
+        None => zeros(x.dims())?,
+    };
+    match dtype {
+        DType::F16 => {
+            let out = out.slice_mut::<f16>()?.iter_mut();
+            out.zip(values).for_each(|(out, &x)| *out = f16::from_f32(x));
+        }
+        _ => {
+            let out = out.slice_mut::<bf16>()?.iter_mut();
+            out.zip(values).for_each(|(out, &x)| *out = bf16::from_f32(x));
+        }
+    }
+    Ok(out)
+}
+
+/// Passes questions on and remembers them.
+struct Collector<'a> {
+    source: &'a dyn Source,
+    asked: Mutex<Vec<(String, Tensor)>>,
+}
+
+impl Source for Collector<'_> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.source.tensor(name, shape)?;
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.push((name.to_owned(), tensor.clone()));
+        Ok(tensor)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.source.has(name)
+    }
+}
