@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Case, NETWORK_TOLERANCE, context, fixtures};
+use wuerstchen::nn::Mode;
 use wuerstchen::nn::{Linear, Params};
 use wuerstchen::ops::embedding::embedding;
 use wuerstchen::ops::linear::{Activation, Epilogue};
@@ -63,15 +64,15 @@ fn image_encoder() {
     let (cx, case) = (context(), Case::read("image_encoder"));
     let part = load::image_encoder(&fixtures().join("model/image_encoder")).unwrap().encoder;
     let pixels = case.image("x");
-    let features = part.network.features(&cx, &pixels).unwrap();
+    let features = part.network.features(&cx, &pixels, Mode::Inference).unwrap();
     case.assert_image("features", &features, NETWORK_TOLERANCE);
-    case.assert_image("out", &part.network.forward(&cx, &pixels).unwrap(), NETWORK_TOLERANCE);
+    case.assert_image("out", &part.network.forward(&cx, &pixels, Mode::Inference).unwrap(), NETWORK_TOLERANCE);
 }
 
 fn check_stage_a(case: &str, folder: &str) {
     let (cx, case) = (context(), Case::read(case));
     let network = load::stage_a(&fixtures().join(folder)).unwrap().network;
-    let encoded = network.encode(&cx, &case.image("image")).unwrap();
+    let encoded = network.encode(&cx, &case.image("image"), Mode::Inference).unwrap();
     case.assert_image("pre_scale_latents", &encoded, NETWORK_TOLERANCE);
     let tokens = network.quantize(&cx, &encoded).unwrap();
     case.assert_tokens("indices", &tokens);
@@ -265,7 +266,7 @@ fn v2_vq_model() {
         let unscaled: Vec<f32> = latents.slice::<f32>().unwrap().iter().map(|v| v / scale).collect();
         network.decode_latents(&cx, &Tensor::from_slice(latents.dims(), &unscaled).unwrap()).unwrap()
     };
-    let encoded = network.encode(&cx, &case.image("image")).unwrap();
+    let encoded = network.encode(&cx, &case.image("image"), Mode::Inference).unwrap();
     case.assert_image("encoded", &encoded, NETWORK_TOLERANCE);
     case.assert_image("roundtrip", &decode(&encoded), NETWORK_TOLERANCE);
     let latents = case.image("latents");

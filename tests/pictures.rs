@@ -10,6 +10,7 @@ mod common;
 use common::Case;
 use folder::{PARTS, bare, distance, emoji, open, picture, reports, rounded, short, tiny};
 use safetensors::Dtype;
+use wuerstchen::nn::Mode;
 use wuerstchen::diffusion::latents::{ddim_step, ddpm_step};
 use wuerstchen::diffusion::schedule::{CosineSchedule, linspace};
 use wuerstchen::image::from_pixels;
@@ -628,11 +629,11 @@ fn outputs(folder: &std::path::Path) -> Vec<(&'static str, Tensor, Vec<f32>)> {
 
     let case = Case::read("image_encoder");
     let encoder = load::image_encoder(&folder.join("image_encoder")).unwrap().encoder.network;
-    push("image encoder", encoder.forward(&cx, &case.image("x")).unwrap(), &case, "out", true);
+    push("image encoder", encoder.forward(&cx, &case.image("x"), Mode::Inference).unwrap(), &case, "out", true);
 
     let case = Case::read("stage_a");
     let stage_a = load::stage_a(&folder.join("stage_a")).unwrap().network;
-    let encoded = stage_a.encode(&cx, &case.image("image")).unwrap();
+    let encoded = stage_a.encode(&cx, &case.image("image"), Mode::Inference).unwrap();
     push("stage A, encoder", encoded, &case, "pre_scale_latents", true);
     let decoded = stage_a.decode_tokens(&cx, &case.tokens("rand_indices")).unwrap();
     push("stage A, decoder", decoded, &case, "decoded_indices", true);

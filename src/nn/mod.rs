@@ -2,9 +2,11 @@
 
 mod linear;
 mod norm;
+mod training;
 
 pub use linear::Linear;
-pub use norm::{BatchNorm, ChannelAffine, LayerNorm};
+pub use norm::{BatchNorm, LayerNorm};
+pub use training::{DepthDraw, DepthFactors, Mode, RunningUpdate, TrainingPass};
 
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -49,6 +51,11 @@ impl<'a> Params<'a> {
     /// `Format`, naming the file and the tensor.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.source.tensor(&self.join(name), shape)
+    }
+
+    /// The name that these weights lie below.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
     }
 
     /// Whether there is a weight `name`.

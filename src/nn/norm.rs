@@ -1,11 +1,12 @@
 //! Normalisation layers that have weights.
 
-use super::Params;
+use super::{Params, RunningUpdate, TrainingPass};
 use crate::device::Context;
 use crate::error::Result;
+use crate::ops::batch_norm::{BatchNorm as BatchNormOp, batch_norm};
+use crate::ops::fold_norm::{FixedNorm, fold_norm};
 use crate::ops::layer_norm::{LayerNorm as LayerNormOp, layer_norm};
-use crate::ops::widen::widen;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// LayerNorm over channels with learnt scale and shift (Ba et al. 2016, arXiv:1607.06450).
 #[derive(Debug, Clone)]
@@ -35,23 +36,19 @@ impl LayerNorm {
     }
 }
 
-/// BatchNorm with running statistics (Ioffe and Szegedy 2015), as the scale and shift that it is at inference.
+/// How fast running statistics follow, where nothing else is said.
+const MOMENTUM: f32 = 0.1;
+
+/// BatchNorm (Ioffe and Szegedy 2015): by its running statistics at inference, by those of the batch in training.
 #[derive(Debug, Clone)]
 pub struct BatchNorm {
+    name: String,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
     eps: f32,
-}
-
-/// y = x * scale + shift per channel; both `[C]`, `F32`.
-#[derive(Debug)]
-pub struct ChannelAffine {
-    /// weight / sqrt(running_var + eps)
-    pub scale: Tensor,
-    /// bias - running_mean * scale
-    pub shift: Tensor,
+    momentum: f32,
 }
 
 impl BatchNorm {
@@ -62,30 +59,49 @@ impl BatchNorm {
     pub fn load(p: &Params, channels: usize, eps: f32) -> Result<Self> {
         let read = |name| p.tensor(name, &[channels]);
         Ok(BatchNorm {
+            name: p.prefix().to_owned(),
             weight: read("weight")?,
             bias: read("bias")?,
             running_mean: read("running_mean")?,
             running_var: read("running_var")?,
             eps,
+            momentum: MOMENTUM,
         })
     }
 
-    /// The scale and shift, computed anew: a few hundred numbers, against keeping a second copy of them.
+    /// The same layer, whose running statistics follow the batches at another speed.
+    #[must_use]
+    pub fn with_momentum(self, momentum: f32) -> Self {
+        BatchNorm { momentum, ..self }
+    }
+
+    /// y = x * scale + shift per channel, both `[C]`: what the layer is at inference. Computed anew, since they are a
+    /// few hundred numbers.
     ///
     /// # Errors
     /// `OutOfMemory`; `Cancelled`.
-    pub fn affine(&self, cx: &Context) -> Result<ChannelAffine> {
-        let [weight, bias] = [widen(cx, &self.weight)?, widen(cx, &self.bias)?];
-        let [mean, var] = [widen(cx, &self.running_mean)?, widen(cx, &self.running_var)?];
-        let mut scale = Tensor::new(cx, "batch norm", weight.dims(), DType::F32)?;
-        let mut shift = Tensor::new(cx, "batch norm", weight.dims(), DType::F32)?;
-        let inputs = weight.slice::<f32>()?.iter().zip(bias.slice::<f32>()?);
-        let statistics = mean.slice::<f32>()?.iter().zip(var.slice::<f32>()?);
-        let outputs = scale.slice_mut::<f32>()?.iter_mut().zip(shift.slice_mut::<f32>()?);
-        for (((w, b), (mean, var)), (scale, shift)) in inputs.zip(statistics).zip(outputs) {
-            *scale = w / (var + self.eps).sqrt();
-            *shift = b - mean * *scale;
-        }
-        Ok(ChannelAffine { scale, shift })
+    pub fn affine(&self, cx: &Context) -> Result<[Tensor; 2]> {
+        let norm = FixedNorm {
+            weight: &self.weight,
+            bias: &self.bias,
+            mean: &self.running_mean,
+            variance: &self.running_var,
+            eps: self.eps,
+        };
+        fold_norm(cx, &norm)
+    }
+
+    /// By the statistics of the batch, which `pass` notes.
+    ///
+    /// # Shapes
+    /// `[N, H, W, C] -> [N, H, W, C]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another number of channels; `OutOfMemory`; `Cancelled`.
+    pub fn forward_training(&self, cx: &Context, x: &Tensor, pass: &TrainingPass) -> Result<Tensor> {
+        let norm = BatchNormOp { weight: &self.weight, bias: &self.bias, eps: self.eps };
+        let (y, statistics) = batch_norm(cx, x, &norm, pass.reduce())?;
+        pass.note(RunningUpdate { name: self.name.clone(), momentum: self.momentum, statistics });
+        Ok(y)
     }
 }

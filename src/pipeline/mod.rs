@@ -11,6 +11,7 @@ mod model;
 mod options;
 mod stage_calls;
 mod texts;
+mod trainable;
 mod walks;
 
 /// What lists of a call (requests, layers, names) take in memory beside its tensors, at worst.
@@ -19,4 +20,5 @@ const LISTS_BYTES: usize = 8 << 20;
 pub use generate_options::GenerateOptions;
 pub use job::Job;
 pub use model::{Model, ModelInfo};
+pub(crate) use trainable::TokenIds;
 pub use options::{Choice, LogFn, LogLevel, ModelOptions, Progress, ProgressFn, Residency, Sampler, Stage};

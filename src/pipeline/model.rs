@@ -1,7 +1,7 @@
 //! An opened model: mapped weights on one device, immutable, shared by any number of threads.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,6 +28,8 @@ pub struct Model {
 }
 
 pub(super) struct Inner {
+    /// The folder that was opened.
+    pub root: PathBuf,
     pub device: Device,
     pub halves: Halves,
     pub geometry: Geometry,
@@ -88,6 +90,7 @@ impl Model {
         let started = Instant::now();
         let halves = Halves::open(path, options)?;
         let inner = Inner {
+            root: path.to_owned(),
             geometry: Geometry::new(&halves),
             halves,
             device: Device::cpu(options.threads)?,

@@ -14,6 +14,7 @@ use crate::device::threads::run_apart_with_reserve;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
 use crate::error::{Error, Result};
 use crate::image::{Fit, Image, preprocess, to_pixels};
+use crate::nn::Mode;
 use crate::ops::kernels::widened;
 use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
@@ -77,7 +78,7 @@ impl Model {
         let (height, width) = self.inner.geometry.encoder_size(width, height);
         let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
         let pixels = preprocess(cx, &images, [height, width], Fit::Stretch, &part.normalisation)?;
-        let mut latents = part.encoder.network.forward(cx, &pixels)?;
+        let mut latents = part.encoder.network.forward(cx, &pixels, Mode::Inference)?;
         check_finite(&latents, "image encoder", &part.encoder.weights)?;
         if let Some(prior) = &self.inner.halves.prior {
             prior.scaling.apply(latents.slice_mut()?);
@@ -97,7 +98,7 @@ impl Model {
         let Part { network, weights } = &self.decoder()?.stage_a;
         self.apart(|| {
             let cx = self.context();
-            let encoded = network.encode(&cx, &to_pixels(&cx, images)?)?;
+            let encoded = network.encode(&cx, &to_pixels(&cx, images)?, Mode::Inference)?;
             check_finite(&encoded, "Stage A", weights)?;
             check_finite(&widened(&cx, "codebook", network.codebook())?, "Stage A", weights)?;
             network.quantize(&cx, &encoded)

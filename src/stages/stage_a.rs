@@ -3,7 +3,7 @@
 use super::blocks::NORM_EPS;
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::nn::{BatchNorm, ChannelAffine, Linear, Params};
+use crate::nn::{BatchNorm, Linear, Mode, Params};
 use crate::ops::conv_transpose2d::{ConvTranspose2d, conv_transpose2d};
 use crate::ops::conv2d::{Conv2d, conv2d};
 use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
@@ -221,7 +221,7 @@ impl StageA {
     ///
     /// # Errors
     /// `InvalidArgument` unless H and W are multiples of the factor; `OutOfMemory`; `Cancelled`.
-    pub fn encode(&self, cx: &Context, pixels: &Tensor) -> Result<Tensor> {
+    pub fn encode(&self, cx: &Context, pixels: &Tensor, mode: Mode) -> Result<Tensor> {
         let [_, h, w, _] = pixels.dims_of("stage_a pixels")?;
         let factor = self.config.factor();
         if h % factor != 0 || w % factor != 0 {
@@ -232,8 +232,15 @@ impl StageA {
         for layer in &self.encoder {
             x = layer.forward(cx, x)?;
         }
-        let ChannelAffine { scale, shift } = self.encoder_norm.affine(cx)?;
-        self.encoder_out.forward_scaled(cx, &x, &scale, &shift, Activation::None)
+        match mode {
+            Mode::Inference => {
+                let [scale, shift] = self.encoder_norm.affine(cx)?;
+                self.encoder_out.forward_scaled(cx, &x, &scale, &shift, Activation::None)
+            }
+            Mode::Training(pass) => {
+                self.encoder_norm.forward_training(cx, &self.encoder_out.forward(cx, &x)?, pass)
+            }
+        }
     }
 
     /// The nearest codebook vector's number for each position.
@@ -272,12 +279,41 @@ impl StageA {
         self.decode(cx, &scaled)
     }
 
-    fn decode(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
+    /// Pixels of codebook vectors, not clamped.
+    ///
+    /// # Shapes
+    /// `[N, h, w, latent_channels]` -> `[N, f h, f w, 3]`
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another number of channels; `OutOfMemory`; `Cancelled`.
+    pub fn decode(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
+        self.last_layer(cx, &self.decoder_features(cx, x)?)
+    }
+
+    /// What the last layer of the decoder sees.
+    ///
+    /// # Shapes
+    /// `[N, h, w, latent_channels]` -> `[N, f h / 2, f w / 2, channels]` with the channels of the finest level
+    ///
+    /// # Errors
+    /// As [`StageA::decode`].
+    pub fn decoder_features(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
         let mut x = self.decoder_in.forward(cx, x)?;
         for layer in &self.decoder {
             x = layer.forward(cx, x)?;
         }
-        pixel_shuffle(cx, &self.decoder_out.forward(cx, &x)?, PIXEL_FOLD)
+        Ok(x)
+    }
+
+    /// The last layer of the decoder: features to pixels. The weight of the adversarial loss is measured here.
+    ///
+    /// # Shapes
+    /// `[N, h, w, channels] -> [N, 2 h, 2 w, 3]`
+    ///
+    /// # Errors
+    /// As [`StageA::decode`].
+    pub fn last_layer(&self, cx: &Context, features: &Tensor) -> Result<Tensor> {
+        pixel_shuffle(cx, &self.decoder_out.forward(cx, features)?, PIXEL_FOLD)
     }
 }
 

@@ -1,3 +1,26 @@
-//! Training.
+//! Training: one step per stage, the optimiser, checkpoints, data.
+//!
+//! A [`Trainer`] takes a [`Model`](crate::Model) and changes copies of one stage's weights, step by step. The networks
+//! are the same code that draws pictures; a [tape](crate::tensor::autograd) records what they do.
+//!
+//! | stage | learns | from |
+//! |---|---|---|
+//! | C | the noise in latents ([`objectives::stage_c`]) | latents of the frozen image encoder, texts |
+//! | B | tokens from noised tokens ([`objectives::stage_b`]) | tokens of the frozen Stage A, latents, texts |
+
+mod average;
+mod checkpoint;
+mod draws;
+mod export;
+pub mod objectives;
 pub mod optimizer;
+mod options;
 pub mod parameters;
+mod reduction;
+mod tasks;
+mod trainer;
+
+pub use average::Average;
+pub use options::{Adversary, Ema, Lora, TrainOptions};
+pub use tasks::Sample;
+pub use trainer::{Progress, TrainMetrics, Trainer};

@@ -8,7 +8,9 @@ mod file;
 mod names;
 pub mod v1;
 pub mod v2;
+mod write;
 
 pub use archive::{STEMS, Weights};
 pub use file::WeightFile;
 pub use names::{Key, Renamed};
+pub use write::{stored_as, write_safetensors};

@@ -4,6 +4,7 @@ mod v1;
 mod v2;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::nn::Params;
@@ -24,6 +25,36 @@ pub struct Part<T> {
     pub network: T,
     /// The file.
     pub weights: Weights,
+    /// What the file calls the weights that layers ask for.
+    pub keys: Keys,
+}
+
+/// From structural names to the keys of a checkpoint.
+#[derive(Clone)]
+pub struct Keys(Arc<dyn Fn(&str) -> Key + Send + Sync>);
+
+impl Keys {
+    /// Those that `rename` gives.
+    pub fn new<K: Into<Key>>(rename: impl Fn(&str) -> K + Send + Sync + 'static) -> Self {
+        Keys(Arc::new(move |name| rename(name).into()))
+    }
+
+    /// Where a checkpoint has the weight `name`.
+    pub fn key(&self, name: &str) -> Key {
+        (self.0)(name)
+    }
+
+    /// Weights, seen under structural names.
+    pub fn source<'a>(&self, weights: &'a Weights) -> Renamed<'a> {
+        let keys = self.clone();
+        Renamed::new(weights, move |name| keys.key(name))
+    }
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Keys")
+    }
 }
 
 /// The text tower with its tokenizer.
@@ -39,15 +70,16 @@ pub(super) struct TextPart {
 /// Opens the weights in `folder` and loads a network that has a place for all of them.
 fn part<T, K: Into<Key>>(
     folder: &Path,
-    rename: impl Fn(&str) -> K + Send + Sync,
+    rename: impl Fn(&str) -> K + Send + Sync + 'static,
     load: impl FnOnce(&Params) -> Result<T>,
 ) -> Result<Part<T>> {
     let weights = Weights::open(folder, STEMS)?;
-    let source = Renamed::new(&weights, rename);
+    let keys = Keys::new(rename);
+    let source = keys.source(&weights);
     let network = load(&Params::new(&source))?;
     source.expect_all_used()?;
     drop(source);
-    Ok(Part { network, weights })
+    Ok(Part { network, weights, keys })
 }
 
 /// The levels of a U-Net.
@@ -137,8 +169,9 @@ pub fn text_encoder(folder: &Path) -> Result<Part<TextEncoder>> {
     const PREFIX: &str = "text_model.";
     let prefixed = weights.has(&format!("{PREFIX}{}", names::text_encoder("tokens.weight")));
     let prefix = if prefixed { PREFIX } else { "" };
-    let source = Renamed::new(&weights, |name| format!("{prefix}{}", names::text_encoder(name)));
+    let keys = Keys::new(move |name| format!("{prefix}{}", names::text_encoder(name)));
+    let source = keys.source(&weights);
     let network = TextEncoder::load(&Params::new(&source), sizes)?;
     drop(source);
-    Ok(Part { network, weights })
+    Ok(Part { network, weights, keys })
 }

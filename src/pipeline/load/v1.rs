@@ -27,7 +27,7 @@ pub struct ImagePart {
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn stage_a(folder: &Path) -> Result<Part<StageA>> {
     let sizes = stage_a_sizes(&config::StageAConfig::read(folder)?);
-    part(folder, |name| names::stage_a(name, sizes.levels), |p| StageA::load(p, sizes))
+    part(folder, move |name| names::stage_a(name, sizes.levels), |p| StageA::load(p, sizes))
 }
 
 pub(super) fn stage_a_sizes(read: &config::StageAConfig) -> StageAConfig {
@@ -61,7 +61,7 @@ pub fn stage_b(folder: &Path) -> Result<Part<StageB>> {
         self_attention: read.self_attn,
         levels,
     };
-    part(folder, |name| names::stage_b(name, &blocks_up), |p| StageB::load(p, sizes))
+    part(folder, move |name| names::stage_b(name, &blocks_up), |p| StageB::load(p, sizes))
 }
 
 /// The paper's Stage C.
@@ -100,7 +100,7 @@ pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
             expands: s.expand_ratio != 1,
         })
         .collect();
-    let encoder = part(folder, |name| names::image_encoder(name, &kinds), |p| ImageEncoder::load(p, sizes))?;
+    let encoder = part(folder, move |name| names::image_encoder(name, &kinds), |p| ImageEncoder::load(p, sizes))?;
     Ok(ImagePart { encoder, normalisation })
 }
 
@@ -123,6 +123,8 @@ fn image_encoder_sizes(read: &config::ImageEncoderConfig) -> ImageEncoderConfig 
         feature_channels: read.last_channel,
         latent_channels: read.c_latent,
         norm_eps: read.norm_eps,
+        norm_momentum: read.norm_momentum,
+        stochastic_depth: read.stochastic_depth_prob,
         output_add: read.output_add,
         output_div: read.output_div,
     }

@@ -40,7 +40,7 @@ pub fn decoder(folder: &Path) -> Result<Part<DiffNeXt>> {
         levels,
         injects: read.inject_effnet,
     };
-    part(folder, |name| names::decoder(name, &blocks_up), |p| DiffNeXt::load(p, sizes))
+    part(folder, move |name| names::decoder(name, &blocks_up), |p| DiffNeXt::load(p, sizes))
 }
 
 /// The VQGAN: Stage A.
@@ -49,7 +49,7 @@ pub fn decoder(folder: &Path) -> Result<Part<DiffNeXt>> {
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn vq_model(folder: &Path) -> Result<Part<StageA>> {
     let sizes = stage_a_sizes(&config::StageAConfig::read_v2(folder)?);
-    part(folder, |name| names::vq_model(name, sizes.levels), |p| StageA::load(p, sizes))
+    part(folder, move |name| names::vq_model(name, sizes.levels), |p| StageA::load(p, sizes))
 }
 
 /// The noise schedule of a denoising network.

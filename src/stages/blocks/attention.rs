@@ -9,7 +9,7 @@ use crate::ops::linear::Epilogue;
 use crate::tensor::Tensor;
 
 /// x + attention(LN(x), keys and values of x itself and of the conditioning).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct AttnBlock {
     condition_mapper: Linear,
     query: Linear,
@@ -98,6 +98,14 @@ pub struct KeysAndValues {
 }
 
 impl KeysAndValues {
+    pub(super) fn both(&self) -> [&Tensor; 2] {
+        [&self.keys, &self.values]
+    }
+
+    pub(super) fn of(keys: &Option<Tensor>, values: &Option<Tensor>) -> Option<Self> {
+        Some(KeysAndValues { keys: keys.clone()?, values: values.clone()? })
+    }
+
     fn segment<'a>(&'a self, index: Option<&'a [usize]>) -> KeyValues<'a> {
         KeyValues { keys: whole(&self.keys), values: whole(&self.values), index }
     }

@@ -12,7 +12,7 @@ use crate::ops::widen::widen;
 use crate::tensor::{DType, Tensor};
 
 /// x + Linear(GRN(GELU(Linear(LN(depthwise(concat(x, skip))))))) (ConvNeXt V2 block).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ResBlock {
     mixing: Mixing,
     mlp: ResponseMlp,
@@ -57,7 +57,7 @@ impl ResBlock {
 /// computes F once per generation. F has as few columns as i has channels (16), so that a step costs a hundredth
 /// more than without an image, and what is kept is 14 MB for all blocks of the published decoder. The image's
 /// part of every hidden layer, computed once instead, would be kept in 1 GB at 1024 x 1024 pixels.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct InjectedResBlock {
     mixing: Mixing,
     mlp: ResponseMlp,
@@ -195,7 +195,7 @@ pub(super) fn mapper_rows(cx: &Context, mapper: &Linear) -> Result<Tensor> {
 }
 
 /// x + Linear(GRN(GELU(Linear(LN(x))))): a ResBlock without its convolution.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct FeedForwardBlock {
     mlp: ResponseMlp,
 }
@@ -218,7 +218,7 @@ impl FeedForwardBlock {
 }
 
 /// The spatial half of a block: LN(depthwise(concat(x, skip))).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Mixing {
     weight: Tensor,
     bias: Tensor,
@@ -245,7 +245,7 @@ impl Mixing {
 }
 
 /// The pointwise half of a block: Linear C -> 4C, GELU, global response normalisation, Linear 4C -> C.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct ResponseMlp {
     expand: Linear,
     gamma: Tensor,

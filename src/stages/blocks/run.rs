@@ -1,6 +1,6 @@
 //! Runs of blocks, as a level string such as `CTA` names them.
 
-use super::attention::{Attended, AttnBlock, AttnConfig};
+use super::attention::{Attended, AttnBlock, AttnConfig, KeysAndValues};
 use super::residual::{FeedForwardBlock, FoldedImage, InjectedResBlock, ResBlock, mapper_rows};
 use super::{Conditioning, Modulations, TimestepBlock, timestep_embedding};
 use crate::device::Context;
@@ -9,8 +9,9 @@ use crate::nn::{Linear, Params};
 use crate::ops::elementwise::{activate, modulate};
 use crate::ops::linear::Activation;
 use crate::tensor::Tensor;
+use crate::tensor::autograd::{recompute, recomputes};
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Body {
     Res(ResBlock),
     InjectedRes(InjectedResBlock),
@@ -23,8 +24,8 @@ enum Body {
     Identity,
 }
 
-/// A block with the TimestepBlock that follows it, if one does.
-#[derive(Debug)]
+/// A block with the TimestepBlock that follows it, if one does. Clones share the weights.
+#[derive(Debug, Clone)]
 struct Block {
     body: Body,
     /// Ordinal of the following TimestepBlock within the network.
@@ -97,6 +98,63 @@ pub struct Injection {
     pub folded: Vec<FoldedImage>,
 }
 
+/// What one block takes.
+struct Inputs<'a> {
+    x: &'a Tensor,
+    skip: Option<&'a Tensor>,
+    image: Option<(&'a Tensor, &'a FoldedImage)>,
+    modulation: Option<&'a Tensor>,
+    /// For an AttnBlock, its groups of tokens, and which entry each sample attends to.
+    attended: Vec<(&'a KeysAndValues, &'a [usize])>,
+}
+
+impl Block {
+    fn attended<'a>(&self, conditioning: Conditioning<'a>) -> Vec<(&'a KeysAndValues, &'a [usize])> {
+        match self.body {
+            Body::Attn { ordinal, .. } => {
+                let groups = conditioning.attended.iter();
+                groups.map(|a| (&a.keys_and_values[ordinal], a.index.as_slice())).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn forward(&self, cx: &Context, inputs: &Inputs) -> Result<Tensor> {
+        let &Inputs { x, skip, image, modulation, ref attended } = inputs;
+        match &self.body {
+            Body::Res(res) => res.forward(cx, x, skip, modulation),
+            Body::InjectedRes(res) => res.forward(cx, x, skip, image, modulation),
+            Body::FeedForward(mlp) => mlp.forward(cx, x, modulation),
+            Body::Attn { block, .. } => block.forward(cx, x, attended.iter().copied(), modulation),
+            Body::Identity => match modulation {
+                Some(modulation) => modulate(cx, x.clone(), modulation),
+                None => Ok(x.clone()),
+            },
+        }
+    }
+
+    /// [`Block::forward`] as one unit of a tape that keeps what goes into a block and runs it again.
+    fn forward_kept(&self, cx: &Context, inputs: &Inputs) -> Result<Tensor> {
+        if inputs.image.is_some() || !recomputes(cx) {
+            return self.forward(cx, inputs);
+        }
+        let mut kept = vec![Some(inputs.x), inputs.skip, inputs.modulation];
+        kept.extend(inputs.attended.iter().flat_map(|(tokens, _)| tokens.both().map(Some)));
+        let indices: Vec<Vec<usize>> = inputs.attended.iter().map(|(_, index)| index.to_vec()).collect();
+        let block = self.clone();
+        recompute(cx, &kept, move |cx, kept| {
+            let [Some(x), skip, modulation, tokens @ ..] = kept else {
+                return Err(Error::internal("a block", "its input was not kept"));
+            };
+            let tokens: Vec<KeysAndValues> =
+                tokens.chunks_exact(2).filter_map(|pair| KeysAndValues::of(&pair[0], &pair[1])).collect();
+            let attended = tokens.iter().zip(indices.iter().map(Vec::as_slice)).collect();
+            let (skip, modulation) = (skip.as_ref(), modulation.as_ref());
+            block.forward(cx, &Inputs { x, skip, image: None, modulation, attended })
+        })
+    }
+}
+
 impl Blocks {
     /// Reads blocks `p.first`, `p.first + 1`, …
     ///
@@ -157,25 +215,18 @@ impl Blocks {
     ) -> Result<Tensor> {
         let mut folded = joined.injection.map_or([].iter(), |i| i.folded.iter());
         for (i, block) in self.blocks.iter().enumerate() {
-            let modulation = block.modulated_by.map(|m| &conditioning.modulations.0[m]);
-            let skip = joined.skip.filter(|_| i == 0);
-            x = match &block.body {
-                Body::Res(res) => res.forward(cx, &x, skip, modulation)?,
-                Body::InjectedRes(res) => {
-                    let image = joined.injection.map(|i| &i.image).zip(folded.next());
-                    res.forward(cx, &x, skip, image, modulation)?
-                }
-                Body::FeedForward(mlp) => mlp.forward(cx, &x, modulation)?,
-                Body::Attn { block, ordinal } => {
-                    let attended = conditioning.attended.iter();
-                    let attended = attended.map(|a| (&a.keys_and_values[*ordinal], a.index.as_slice()));
-                    block.forward(cx, &x, attended, modulation)?
-                }
-                Body::Identity => match modulation {
-                    Some(modulation) => modulate(cx, x, modulation)?,
-                    None => x,
-                },
+            let image = match block.body {
+                Body::InjectedRes(_) => joined.injection.map(|i| &i.image).zip(folded.next()),
+                _ => None,
             };
+            let inputs = Inputs {
+                x: &x,
+                skip: joined.skip.filter(|_| i == 0),
+                image,
+                modulation: block.modulated_by.map(|m| &conditioning.modulations.0[m]),
+                attended: block.attended(conditioning),
+            };
+            x = block.forward_kept(cx, &inputs)?;
         }
         Ok(x)
     }

@@ -250,6 +250,11 @@ pub fn refuse(cx: &Context, op: &'static str, inputs: &[&Tensor]) -> Result<()> 
     Ok(())
 }
 
+/// Whether [`recompute`] would keep only inputs.
+pub fn recomputes(cx: &Context) -> bool {
+    Tape::of(cx).is_some_and(|tape| tape.keeping == Keeping::BlockInputs)
+}
+
 /// Runs `block` over `inputs`. On a [`Tape::recomputing`] only the inputs are kept, and the block is run again when
 /// its gradient is needed; it must then give the same again.
 ///

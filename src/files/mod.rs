@@ -1,5 +1,7 @@
 //! Whole files in memory: capped in size, allocated fallibly, parsed where a panic or a deep stack hurts nobody.
 
+mod replace;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
@@ -7,6 +9,7 @@ use std::path::Path;
 
 use crate::device::{Buffer, threads};
 use crate::error::{Error, Result};
+pub(crate) use replace::{replace_folder, whole_folder};
 
 /// Opens a regular file and gives its size in bytes. A pipe or a device is refused instead of waited for.
 ///

@@ -1,0 +1,124 @@
+//! Trained weights as a model folder.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::path::Path;
+
+use super::parameters::Role;
+use super::trainer::{LISTS_BYTES, Trainer};
+use crate::device::threads::run_apart_with_reserve;
+use crate::error::{Error, Result};
+use crate::files::replace_folder;
+use crate::pipeline::load::Keys;
+use crate::tensor::Tensor;
+use crate::weights::{Weights, stored_as, write_safetensors};
+
+/// A part of a model whose weights were trained.
+pub(super) struct TrainedPart<'a> {
+    /// What its parameters lie below.
+    pub prefix: &'static str,
+    /// The file it began from.
+    pub weights: &'a Weights,
+    /// The file's names.
+    pub keys: &'a Keys,
+}
+
+impl Trainer {
+    /// Writes the model with the averaged weights of what was trained to `folder`, which is replaced as a whole:
+    /// everything else is copied from the model that training began with.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn export(&self, folder: &Path) -> Result<()> {
+        run_apart_with_reserve("an export", LISTS_BYTES, || {
+            let parts = self.task.parts(&self.model)?;
+            let root = self.model.folder();
+            let replaced: HashSet<&Path> = parts.iter().filter_map(|part| part.weights.path().parent()).collect();
+            replace_folder(folder, |new| {
+                copy_folder(root, new, &replaced)?;
+                parts.iter().try_for_each(|part| self.write_part(part, root, new))
+            })
+        })
+    }
+
+    fn write_part(&self, part: &TrainedPart, root: &Path, new: &Path) -> Result<()> {
+        let mut tensors = BTreeMap::new();
+        let list = self.parameters.list().iter().enumerate();
+        let mut packed: BTreeMap<String, BTreeMap<usize, Tensor>> = BTreeMap::new();
+        for (place, parameter) in list.filter(|(_, p)| p.role != Role::Frozen) {
+            let Some(name) = parameter.name.strip_prefix(part.prefix).and_then(|n| n.strip_prefix('.')) else {
+                continue;
+            };
+            let values = self.average.of.get(&place).unwrap_or(parameter.master());
+            let key = part.keys.key(name);
+            match key.part {
+                None => drop(tensors.insert(key.name, self.rounded(values)?)),
+                Some((i, _)) => drop(packed.entry(key.name).or_default().insert(i, values.clone())),
+            }
+        }
+        for (name, parts) in packed {
+            tensors.insert(name, self.rounded(&joined(parts.values())?)?);
+        }
+        // Counters and what else no layer asks for stays as it was.
+        for name in part.weights.names() {
+            if !tensors.contains_key(&name) {
+                let tensor = part.weights.tensor(&name)?;
+                tensors.insert(name, tensor);
+            }
+        }
+        let folder = part.weights.path().parent().unwrap_or(root);
+        let inside = folder.strip_prefix(root).map_err(|_| {
+            Error::unsupported("exporting a model of several folders", "open each half from its own folder")
+        })?;
+        let stem = part.weights.path().file_name().map(|name| name.to_string_lossy().into_owned());
+        let stem = stem.as_deref().and_then(|name| name.split('.').next()).unwrap_or("model").to_owned();
+        let path = new.join(inside).join(format!("{stem}.safetensors"));
+        write_safetensors(&path, tensors.iter().map(|(name, tensor)| (name.clone(), tensor)))
+    }
+
+    fn rounded(&self, tensor: &Tensor) -> Result<Tensor> {
+        stored_as(tensor, self.options.export_dtype)
+    }
+}
+
+/// Tensors one after the other along the first dimension.
+fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor> {
+    let rows: usize = parts.clone().map(|part| part.dims().first().copied().unwrap_or(0)).sum();
+    let mut values = Vec::new();
+    let mut dims = Vec::new();
+    for part in parts {
+        dims = part.dims().to_vec();
+        values.extend_from_slice(part.slice::<f32>()?);
+    }
+    if let Some(first) = dims.first_mut() {
+        *first = rows;
+    }
+    Tensor::from_slice(&dims, &values)
+}
+
+/// Copies a model folder without the weights of the `replaced` parts.
+fn copy_folder(from: &Path, to: &Path, replaced: &HashSet<&Path>) -> Result<()> {
+    fs::create_dir_all(to).map_err(|source| Error::io(to, source))?;
+    for entry in fs::read_dir(from).map_err(|source| Error::io(from, source))? {
+        let path = entry.map_err(|source| Error::io(from, source))?.path();
+        let target = to.join(path.file_name().unwrap_or_default());
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is_weights = name.ends_with(".safetensors") || name.contains(".safetensors.index");
+        if path.is_dir() {
+            copy_folder(&path, &target, replaced)?;
+        } else if !(is_weights && replaced.contains(from)) {
+            fs::copy(&path, &target).map_err(|source| Error::io(&path, source))?;
+            make_writable(&target)?;
+        }
+    }
+    Ok(())
+}
+
+/// A copy of a read-only file is the caller's to change.
+fn make_writable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |source| Error::io(path, source);
+    let mut permissions = fs::metadata(path).map_err(failed)?.permissions();
+    permissions.set_mode(permissions.mode() | 0o200);
+    fs::set_permissions(path, permissions).map_err(failed)
+}

@@ -1,0 +1,67 @@
+//! Safetensors files out.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensorError, View, serialize_to_file};
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// Writes tensors under their names, in any order.
+///
+/// # Errors
+/// `Io`; `InvalidArgument` for names that are not told apart.
+pub fn write_safetensors<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
+) -> Result<()> {
+    let tensors = tensors.into_iter().map(|(name, tensor)| (name, Whole(tensor)));
+    serialize_to_file(tensors, None, path).map_err(|error| match error {
+        SafeTensorError::IoError(source) => Error::io(path, source),
+        other => Error::io(path, std::io::Error::other(other.to_string())),
+    })
+}
+
+/// The numbers in another float type, rounded to the nearest; others as they are.
+///
+/// # Errors
+/// `OutOfMemory`.
+pub fn stored_as(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() != DType::F32 || dtype == DType::F32 {
+        return Ok(tensor.clone());
+    }
+    let values = tensor.slice::<f32>()?;
+    match dtype {
+        DType::F16 => Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
+        _ => Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
+    }
+}
+
+/// A tensor as the format's crate asks for it.
+struct Whole<'a>(&'a Tensor);
+
+impl View for Whole<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.0.dtype() {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            DType::I64 => Dtype::I64,
+            DType::U8 => Dtype::U8,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.0.dims()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(self.0.bytes())
+    }
+
+    fn data_len(&self) -> usize {
+        self.0.bytes().len()
+    }
+}
