@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::nn::{Params, Source};
+use crate::nn::{Params, RunningUpdate, Source};
 use crate::ops::widen::widen;
 use crate::tensor::autograd::{self, Gradients};
 use crate::tensor::{DType, Tensor};
@@ -109,6 +109,29 @@ impl Parameters {
     /// `Internal` if one is not.
     pub fn values_mut(&mut self, place: usize) -> Result<&mut [f32]> {
         self.list[place].master.slice_mut()
+    }
+
+    /// Running statistics take over what BatchNorms saw, with the unbiased variance, as PyTorch does. Networks loaded
+    /// from here must be gone.
+    ///
+    /// # Errors
+    /// `Internal` if one is not, or for a layer that is none of these.
+    pub fn follow(&mut self, seen: &[RunningUpdate]) -> Result<()> {
+        for RunningUpdate { name, momentum, statistics } in seen {
+            let count = statistics.count as f32;
+            let unbiased = count / (count - 1.0).max(1.0);
+            let both = [("mean", &statistics.mean, 1.0), ("var", &statistics.variance, unbiased)];
+            for (leaf, values, factor) in both {
+                let name = format!("{name}.running_{leaf}");
+                let Some(place) = self.place(&name) else {
+                    return Err(Error::internal("batch norm", format!("{name} is no parameter")));
+                };
+                for (running, seen) in self.values_mut(place)?.iter_mut().zip(values.slice::<f32>()?) {
+                    *running += (seen * factor - *running) * momentum;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Freezes or thaws those whose name `which` picks; statistics stay what they are.

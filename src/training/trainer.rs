@@ -257,7 +257,7 @@ impl Trainer {
         self.task.unload();
         let scale = clip_factor(norm, settings.clip);
         let updated = optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
-            .and_then(|()| follow_statistics(&mut self.parameters, seen))
+            .and_then(|()| self.parameters.follow(seen))
             .and_then(|()| self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1));
         self.reload()?;
         updated
@@ -273,26 +273,6 @@ impl Trainer {
     pub(super) fn context(&self) -> Context {
         Context::new(self.model.device()).cancelled_by(&self.cancel)
     }
-}
-
-/// Running statistics take over what BatchNorms saw, with the unbiased variance, as PyTorch does.
-fn follow_statistics(parameters: &mut Parameters, seen: &[RunningUpdate]) -> Result<()> {
-    for update in seen {
-        let count = update.statistics.count as f32;
-        let unbiased = count / (count - 1.0).max(1.0);
-        let both = [("running_mean", &update.statistics.mean, 1.0), ("running_var", &update.statistics.variance, unbiased)];
-        for (leaf, values, factor) in both {
-            let name = format!("{}.{leaf}", update.name);
-            let Some(place) = parameters.place(&name) else {
-                return Err(Error::internal("batch norm", format!("{name} is no parameter")));
-            };
-            let values = values.slice::<f32>()?;
-            for (running, seen) in parameters.values_mut(place)?.iter_mut().zip(values) {
-                *running += (seen * factor - *running) * update.momentum;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// `count` samples in `parts` runs that differ by one at most.

@@ -27,6 +27,8 @@ pub struct Case {
     name: String,
     tensors: HashMap<String, (Vec<usize>, Values)>,
     pub settings: serde_json::Value,
+    /// All that the case says of itself.
+    pub record: serde_json::Value,
 }
 
 impl Case {
@@ -45,6 +47,10 @@ impl Case {
                     let numbers = data.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap()));
                     Values::Integers(numbers.map(i64::from).collect())
                 }
+                safetensors::Dtype::I64 => {
+                    let numbers = data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()));
+                    Values::Integers(numbers.collect())
+                }
                 safetensors::Dtype::U8 => Values::Integers(data.iter().map(|&b| b.into()).collect()),
                 other => panic!("{name}: {other:?}"),
             };
@@ -52,7 +58,8 @@ impl Case {
         });
         let json = std::fs::read_to_string(path.with_extension("json")).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-        Case { name: name.into(), tensors: tensors.collect(), settings: json["settings"].clone() }
+        let settings = json["settings"].clone();
+        Case { name: name.into(), tensors: tensors.collect(), settings, record: json }
     }
 
     fn entry(&self, name: &str) -> &(Vec<usize>, Values) {
