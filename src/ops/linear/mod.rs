@@ -1,5 +1,6 @@
 //! Matrix products with everything that may follow them, applied while an output row is hot.
 
+pub(crate) mod gradient;
 mod sum;
 #[cfg(test)]
 mod tests;

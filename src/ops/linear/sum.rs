@@ -1,7 +1,7 @@
 //! A sum of products that share their outputs: what a dense layer over concatenated inputs computes, without
 //! the concatenation.
 
-use super::{Epilogue, Place, finished, sides, values};
+use super::{Epilogue, Place, finished, gradient, sides, values};
 use crate::device::Context;
 use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values};
 use crate::error::{Error, Result};
@@ -34,6 +34,14 @@ pub struct Term<'a> {
 /// `InvalidArgument` without terms, with more than [`MAX_TERMS`], or if shapes do not fit together;
 /// `OutOfMemory`; `Cancelled`.
 pub fn linear_sum(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<Tensor> {
+    if terms.iter().any(|term| gradient::records(cx, &[Some(term.x), Some(term.weight)], epilogue)) {
+        return gradient::recorded(cx, terms, epilogue);
+    }
+    compute(cx, terms, epilogue)
+}
+
+/// [`linear_sum`] without a tape.
+pub(super) fn compute(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<Tensor> {
     let Some(first) = terms.first().filter(|_| terms.len() <= MAX_TERMS) else {
         return Err(Error::argument("linear sum", format!("1 to {MAX_TERMS} terms"), terms.len()));
     };
