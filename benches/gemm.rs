@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use half::f16;
-use wuerstchen::device::gemm::{Factors, Gemm, Layout, MatrixB, Values, gemm};
+use wuerstchen::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values, gemm};
 use wuerstchen::device::simd::{self, Level};
 use wuerstchen::{Context, DType, Device, Result, Tensor};
 
@@ -66,10 +66,14 @@ fn product(cx: &Context, (m, depths, n): (usize, &[usize], usize), kind: &str) -
             "f32 [K,N]" => (Values::F32(&b), Layout::RowsAreInputs, n),
             _ => (Values::F32(&b), Layout::RowsAreOutputs, k),
         };
-        Factors { k, a: &a[m * at..], lda: k, b: MatrixB { values: values.skip(n * at), layout, leading } }
+        Factors {
+            k,
+            a: MatrixA::rows(&a[m * at..], k),
+            b: MatrixB { values: values.skip(n * at), layout, leading },
+        }
     });
     let terms: Vec<Factors> = factors.collect();
-    let product = Gemm { m, n, terms: &terms };
+    let product = Gemm { m, n, terms: &terms, accumulate: false };
     let flops = 2.0 * (m * n) as f64 * k as f64;
     let (start, mut best) = (Instant::now(), [[0f64; 2]; 2]);
     while start.elapsed() < TIME {

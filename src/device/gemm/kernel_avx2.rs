@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values};
+use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values, transpose_plain};
 
 pub(super) struct Avx2;
 
@@ -38,6 +38,14 @@ impl Kernel for Avx2 {
                 Values::BF16(v) => pack(b, v.as_ptr().add(first), part, panel),
             }
         }
+    }
+
+    unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        assert!(to.len() >= rows * A_STRIDE && depth <= A_STRIDE);
+        // SAFETY: the caller's contract, and room for whole rows.
+        unsafe { transpose_squares(from, stride, rows / 8 * 8, depth / 8 * 8, to) };
+        transpose_plain(from, stride, rows / 8 * 8..rows, 0..depth / 8 * 8, to);
+        transpose_plain(from, stride, 0..rows, depth / 8 * 8..depth, to);
     }
 }
 
@@ -165,6 +173,29 @@ unsafe fn pack<T: Load>(b: &MatrixB, from: *const T, part: Part, panel: &mut [f3
     }
     b.pack_plain(part, 0..depth, columns..COLUMNS, COLUMNS, panel);
     b.pack_plain(part, depth..part.depth, 0..COLUMNS, COLUMNS, panel);
+}
+
+/// [`Kernel::transpose`] of multiples of 8.
+///
+/// # Safety
+/// AVX2; `depth` rows of `rows` floats, `stride` apart, in `from`; `rows` rows [`A_STRIDE`] apart in `to`.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn transpose_squares(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+    let (from, to) = (from.as_ptr(), to.as_mut_ptr());
+    for k in (0..depth).step_by(8) {
+        for i in (0..rows).step_by(8) {
+            // SAFETY: 8 rows of 8 floats, inside both.
+            unsafe {
+                let mut square = [_mm256_setzero_ps(); 8];
+                for (r, row) in square.iter_mut().enumerate() {
+                    *row = _mm256_loadu_ps(from.add((k + r) * stride + i));
+                }
+                for (r, row) in transpose(square).into_iter().enumerate() {
+                    _mm256_storeu_ps(to.add((i + r) * A_STRIDE + k), row);
+                }
+            }
+        }
+    }
 }
 
 /// Columns as rows. Three rounds of pairwise exchanges: 1, 2 and 4 lanes apart.

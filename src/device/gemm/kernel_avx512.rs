@@ -47,6 +47,12 @@ impl Kernel for Avx512 {
             }
         }
     }
+
+    unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        assert!(to.len() >= rows * A_STRIDE && depth.next_multiple_of(16) <= A_STRIDE);
+        // SAFETY: the caller's contract, and room for whole vectors.
+        unsafe { transpose_block(from.as_ptr(), stride, rows, depth, to.as_mut_ptr()) };
+    }
 }
 
 /// The low `count` lanes of 16; all beyond 16.
@@ -163,6 +169,26 @@ unsafe fn pack<T: Load>(b: &MatrixB, from: *const T, part: Part, to: *mut f32) {
                         unsafe { _mm512_storeu_ps(to.add((k + i) * COLUMNS + offset), row) };
                     }
                 }
+            }
+        }
+    }
+}
+
+/// [`Kernel::transpose`], in squares of 16 x 16. What lies behind `depth` in a row of `to` is overwritten.
+///
+/// # Safety
+/// AVX-512; `depth` rows of `rows` floats, `stride` apart, at `from`; `rows` rows, [`A_STRIDE`] apart, of `depth`
+/// floats and up to 15 more at `to`.
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+unsafe fn transpose_block(from: *const f32, stride: usize, rows: usize, depth: usize, to: *mut f32) {
+    for k in (0..depth).step_by(16) {
+        for i in (0..rows).step_by(16) {
+            let (height, width) = ((depth - k).min(16), (rows - i).min(16));
+            // SAFETY: `height` rows of `width` floats from (k, i) on.
+            let square = unsafe { load_rows(from.add(k * stride + i), stride, height, width) };
+            for (r, row) in transpose(square).into_iter().enumerate().take(width) {
+                // SAFETY: row i + r of `to`, from k on.
+                unsafe { _mm512_storeu_ps(to.add((i + r) * A_STRIDE + k), row) };
             }
         }
     }

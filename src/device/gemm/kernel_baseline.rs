@@ -1,6 +1,6 @@
 //! The kernel of processors about which nothing is known: plain loops, 4 x 8 sums, no fused multiply-add.
 
-use super::{A_STRIDE, Kernel, MatrixB, Part, Tile};
+use super::{A_STRIDE, Kernel, MatrixB, Part, Tile, transpose_plain};
 
 pub(super) struct Baseline;
 
@@ -24,6 +24,10 @@ impl Kernel for Baseline {
 
     unsafe fn pack(b: &MatrixB, part: Part, panel: &mut [f32]) {
         b.pack_plain(part, 0..part.depth, 0..COLUMNS, COLUMNS, panel);
+    }
+
+    unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        transpose_plain(from, stride, 0..rows, 0..depth, to);
     }
 }
 

@@ -1,10 +1,60 @@
-//! The second factor of a product: its numbers, their order, and where a part of it lies.
+//! The factors of a product: their numbers, in which order, and where a part lies.
 
 use half::{bf16, f16};
 
 use super::{Part, fits};
 use crate::device::simd::prefetch;
 use crate::error::Result;
+
+/// How A holds its M x K numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// `[M, K]`: row after row.
+    Rows,
+    /// `[K, M]`: column after column, as the gradient of a weight takes the gradients of outputs.
+    Columns,
+}
+
+/// A of a product op(A) op(B).
+#[derive(Debug, Clone, Copy)]
+pub struct MatrixA<'a> {
+    /// The numbers.
+    pub values: &'a [f32],
+    /// Their order.
+    pub order: Order,
+    /// Distance between rows, or columns.
+    pub leading: usize,
+}
+
+impl<'a> MatrixA<'a> {
+    /// Rows of `leading` numbers.
+    pub fn rows(values: &'a [f32], leading: usize) -> Self {
+        MatrixA { values, order: Order::Rows, leading }
+    }
+
+    /// Columns of `leading` numbers: the transpose of a matrix that lies row after row.
+    pub fn columns(values: &'a [f32], leading: usize) -> Self {
+        MatrixA { values, order: Order::Columns, leading }
+    }
+
+    /// # Errors
+    /// `InvalidArgument` unless `m` rows of `k` numbers are all inside the slice.
+    pub(super) fn check(&self, m: usize, k: usize) -> Result<()> {
+        let (rows, columns) = match self.order {
+            Order::Rows => (m, k),
+            Order::Columns => (k, m),
+        };
+        fits("gemm: a", rows, columns, self.leading, self.values.len())
+    }
+
+    /// Where A(i, k) lies.
+    pub(super) fn index(&self, i: usize, k: usize) -> usize {
+        match self.order {
+            Order::Rows => i * self.leading + k,
+            Order::Columns => k * self.leading + i,
+        }
+    }
+}
 
 /// How B holds its K x N numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +123,7 @@ impl<'a> Values<'a> {
     }
 }
 
-/// B of a product A op(B). A range of the inputs of a larger matrix is one too: its slice begins there.
+/// B of a product op(A) op(B). A range of the inputs of a larger matrix is one too: its slice begins there.
 #[derive(Debug, Clone, Copy)]
 pub struct MatrixB<'a> {
     /// The numbers.

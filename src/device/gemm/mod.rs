@@ -1,11 +1,11 @@
-//! Matrix products with f32 accumulation, and sums of them: C = sum over terms of A op(B). The library's only one.
+//! Matrix products with f32 accumulation, and sums of them: C = sum over terms of op(A) op(B). The library's only one.
 //!
-//! C is `[M, N]`, the A of a term is `[M, K]`, both f32; its B holds K x N numbers in f32, f16 or bf16, in either
-//! order, and is widened while it is packed into panels. Each term's K is cut into blocks of [`DEPTH`], the last
+//! C is `[M, N]`, f32; the A of a term holds M x K numbers in f32, its B K x N numbers in f32, f16 or bf16, each in
+//! either order. B is widened while it is packed into panels. Each term's K is cut into blocks of [`DEPTH`], the last
 //! of which may be shorter; no block reaches into the next term. Within a block every element of C sums its
 //! products in ascending k, and blocks are added in ascending order, term after term. So the bits of an element
 //! depend on its own rows of the A, its own columns of the B, the terms' order and depths, and the processor's
-//! SIMD level: never on M, N, its place, the threads or its neighbours.
+//! SIMD level: never on M, N, its place, the threads, its neighbours or the orders in which factors lie.
 //!
 //! A block of A is copied to rows of a fixed odd number of cache lines, so that no leading dimension makes its
 //! rows collide in the L1 cache, and the kernel broadcasts from it; a panel of B stays in L1 while all
@@ -22,8 +22,10 @@ mod serial;
 #[cfg(test)]
 mod tests;
 
-pub use matrix::{Layout, MatrixB, Values};
+pub use matrix::{Layout, MatrixA, MatrixB, Order, Values};
 pub use serial::{Packed, Serial};
+
+use std::ops::Range;
 
 use super::Context;
 use super::scratch::{Scratch, SharedMut, floats, floats_mut};
@@ -43,7 +45,7 @@ const BLOCK_ROWS: usize = 288;
 /// Panels whose columns of a block of rows fit into the L2 cache.
 const HOT_PANELS: usize = 8;
 
-/// A sum of products: C = sum over terms of A op(B).
+/// A sum of products: C = sum over terms of op(A) op(B).
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm<'a> {
     /// Rows of every A and of C.
@@ -52,6 +54,8 @@ pub struct Gemm<'a> {
     pub n: usize,
     /// What is summed, in this order. Without any, C is zero.
     pub terms: &'a [Factors<'a>],
+    /// Whether to add to C rather than overwrite it.
+    pub accumulate: bool,
 }
 
 /// One product of a sum.
@@ -59,10 +63,8 @@ pub struct Gemm<'a> {
 pub struct Factors<'a> {
     /// Columns of A: the summed dimension.
     pub k: usize,
-    /// A, row-major: element (i, j) at `i * lda + j`.
-    pub a: &'a [f32],
-    /// Distance between rows of A.
-    pub lda: usize,
+    /// A.
+    pub a: MatrixA<'a>,
     /// B.
     pub b: MatrixB<'a>,
 }
@@ -86,6 +88,12 @@ trait Kernel: Send + Sync {
     /// # Safety
     /// The processor has the kernel's instructions; the part of B is inside its slice; `panel` has room.
     unsafe fn pack(b: &MatrixB, part: Part, panel: &mut [f32]);
+
+    /// Copies `depth` rows of `rows` floats, `stride` apart, to `rows` rows of `depth` floats, [`A_STRIDE`] apart.
+    ///
+    /// # Safety
+    /// The processor has the kernel's instructions; both slices reach that far.
+    unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]);
 }
 
 /// A part of B: `depth` values of k from `k`, `columns` outputs from `n`.
@@ -151,7 +159,7 @@ macro_rules! with_kernel {
 }
 use with_kernel;
 
-/// C = sum over terms of A op(B), then `epilogue` on every element of C, on the device's threads.
+/// C = sum over terms of op(A) op(B), then `epilogue` on every element of C, on the device's threads.
 ///
 /// `out[i * ldc + j]` becomes element (i, j) of C; what lies between rows is left alone. `epilogue(i, j, v)`
 /// gets finished runs of row i, from column j on, while they are in cache: each element exactly once.
@@ -179,7 +187,7 @@ impl<'a> Gemm<'a> {
     fn check(&self, out: usize, ldc: usize) -> Result<()> {
         fits("gemm: out", self.m, self.n, ldc, out)?;
         self.terms.iter().try_for_each(|term| {
-            fits("gemm: a", self.m, term.k, term.lda, term.a.len())?;
+            term.a.check(self.m, term.k)?;
             term.b.check(self.n, term.k)
         })
     }
@@ -243,7 +251,24 @@ fn run<K: Kernel>(
     let job = Job::<K> { product, out, ldc, epilogue, kernel: std::marker::PhantomData };
     match plan.split {
         Split::Columns { per_task } => job.split_columns(cx, &plan, per_task),
-        Split::Rows { columns_at_once } => job.split_rows(cx, &plan, columns_at_once),
+        Split::Rows { columns_at_once, depth_at_once } => {
+            job.split_rows(cx, &plan, columns_at_once, depth_at_once)
+        }
+    }
+}
+
+/// Blocks that are packed together: those whose first k, counted through all terms, is within a range.
+#[derive(Debug, Clone, Copy)]
+struct Group {
+    start: usize,
+    end: usize,
+    /// Floats of a packed panel, of which the group fills the first.
+    panel_floats: usize,
+}
+
+impl Group {
+    fn holds(&self, block: &Block) -> bool {
+        (self.start..self.end).contains(&block.at)
     }
 }
 
@@ -304,39 +329,56 @@ impl<K: Kernel> Job<'_, K> {
         self.finish(area);
     }
 
-    /// Every B is packed once, some columns at a time, then every task owns some rows: for many rows.
-    fn split_rows(&self, cx: &Context, plan: &Plan, columns_at_once: usize) -> Result<()> {
-        let Gemm { n, terms, .. } = *self.product;
-        let panel_floats = self.product.depth() * K::COLUMNS;
+    /// Every B is packed once, some columns and some blocks at a time, then every task owns some rows: for many
+    /// rows.
+    fn split_rows(
+        &self,
+        cx: &Context,
+        plan: &Plan,
+        columns_at_once: usize,
+        depth_at_once: usize,
+    ) -> Result<()> {
+        let (n, depth) = (self.product.n, self.product.depth());
+        // The last block of a group may reach beyond it.
+        let panel_floats = depth.min(depth_at_once.saturating_add(DEPTH)) * K::COLUMNS;
         let panels = columns_at_once.div_ceil(K::COLUMNS);
         let bytes = (panels * panel_floats).saturating_mul(size_of::<f32>());
         let mut packed = cx.device().take("a packed matrix", bytes)?;
         let scratch = Scratch::new(cx.device(), "a matrix product", plan.blocks, plan.rows * A_STRIDE)?;
         for (first, columns) in steps(0, n, columns_at_once) {
-            let shared = SharedMut::new(floats_mut(&mut packed));
-            cx.parallel(columns.div_ceil(K::COLUMNS), |panel| {
-                // SAFETY: each task has its own panel of the buffer, which outlives the loop.
-                let mut rest = unsafe { shared.part(panel * panel_floats, panel_floats) };
-                let n = first + panel * K::COLUMNS;
-                for term in terms {
-                    let (own, others) = rest.split_at_mut(term.k * K::COLUMNS);
-                    pack_panel::<K>(&term.b, term.k, n, K::COLUMNS.min(first + columns - n), own);
-                    rest = others;
-                }
-            })?;
-            let packed = floats(&packed);
-            cx.parallel(plan.blocks, |task| {
-                let area = plan.area(task, first, columns, n);
-                scratch.with(|a| self.packed_panels(area, a, packed));
-            })?;
+            // Without any depth there is still an epilogue.
+            for (start, length) in steps(0, depth.max(1), depth_at_once) {
+                let group = Group { start, end: start + length, panel_floats };
+                let shared = SharedMut::new(floats_mut(&mut packed));
+                cx.parallel(columns.div_ceil(K::COLUMNS), |panel| {
+                    // SAFETY: each task has its own panel of the buffer, which outlives the loop.
+                    let to = unsafe { shared.part(panel * panel_floats, panel_floats) };
+                    let n = first + panel * K::COLUMNS;
+                    self.pack_group(group, n, K::COLUMNS.min(first + columns - n), to);
+                })?;
+                let packed = floats(&packed);
+                cx.parallel(plan.blocks, |task| {
+                    let area = plan.area(task, first, columns, n);
+                    scratch.with(|a| self.packed_panels(area, group, a, packed));
+                })?;
+            }
         }
         Ok(())
     }
 
-    fn packed_panels(&self, area: Area, a: &mut [f32], packed: &[f32]) {
-        let depth = self.product.depth();
+    /// One panel of the blocks of a group.
+    fn pack_group(&self, group: Group, n: usize, columns: usize, panel: &mut [f32]) {
+        for block in self.product.blocks().filter(|block| group.holds(block)) {
+            let panel = &mut panel[(block.at - group.start) * K::COLUMNS..][..block.depth * K::COLUMNS];
+            // SAFETY: `check` saw all of every B inside its slice; this level was detected.
+            unsafe { K::pack(&block.term.b, block.part(n, columns), panel) };
+        }
+    }
+
+    fn packed_panels(&self, area: Area, group: Group, a: &mut [f32], packed: &[f32]) {
         // One copied block of A serves any number of columns: finish them while they are in the L2 cache.
-        let mut blocks = self.product.blocks();
+        let of_group = || self.product.blocks().filter(|block| group.holds(block));
+        let mut blocks = of_group();
         let only = blocks.next().filter(|_| blocks.next().is_none());
         let at_once = if only.is_some() { HOT_PANELS * K::COLUMNS } else { area.columns };
         if let Some(block) = only {
@@ -344,24 +386,32 @@ impl<K: Kernel> Job<'_, K> {
         }
         for (first, columns) in steps(area.column, area.columns, at_once) {
             let part = Area { column: first, columns, ..area };
-            for block in self.product.blocks() {
+            for block in of_group() {
                 if only.is_none() {
                     self.copy_a(area, &block, a);
                 }
                 for (column, columns) in steps(first, columns, K::COLUMNS) {
-                    let panel = (column - area.column) / K::COLUMNS * depth + block.at;
-                    let panel = &packed[panel * K::COLUMNS..][..block.depth * K::COLUMNS];
+                    let panel = (column - area.column) / K::COLUMNS * group.panel_floats;
+                    let panel = &packed[panel + (block.at - group.start) * K::COLUMNS..];
+                    let panel = &panel[..block.depth * K::COLUMNS];
                     self.tiles(Area { column, columns, ..area }, &block, a, panel, |_, _| ());
                 }
             }
-            self.finish(part);
+            if group.end >= self.product.depth() {
+                self.finish(part);
+            }
         }
     }
 
     /// Copies a block of its term's A to rows [`A_STRIDE`] apart.
     fn copy_a(&self, area: Area, block: &Block, to: &mut [f32]) {
-        let Factors { a, lda, .. } = *block.term;
-        copy_rows(&a[area.row * lda + block.k..], lda, area.rows, block.depth, to);
+        let a = &block.term.a;
+        let from = &a.values[a.index(area.row, block.k)..];
+        match a.order {
+            Order::Rows => copy_rows(from, a.leading, area.rows, block.depth, to),
+            // SAFETY: `check` saw all of A inside its slice, the scratch holds the block; this level was detected.
+            Order::Columns => unsafe { K::transpose(from, a.leading, area.rows, block.depth, to) },
+        }
     }
 
     /// One panel's tiles, `between` being called with (i, count) before tile i.
@@ -373,7 +423,7 @@ impl<K: Kernel> Job<'_, K> {
             let rows = K::ROWS.min(area.rows - first);
             let at = (area.row + first) * self.ldc + area.column;
             let c = self.out.pointer(at, (rows - 1) * self.ldc + area.columns);
-            let (ldc, accumulate) = (self.ldc, block.at > 0);
+            let (ldc, accumulate) = (self.ldc, block.at > 0 || self.product.accumulate);
             let a = &a[first * A_STRIDE..];
             let tile = Tile { rows, columns: area.columns, depth: block.depth, a, panel, c, ldc, accumulate };
             // SAFETY: `pointer` checked the bounds of C, this task alone owns the area; the level was detected.
@@ -383,11 +433,11 @@ impl<K: Kernel> Job<'_, K> {
 
     /// The epilogue over finished rows.
     fn finish(&self, area: Area) {
-        let no_block = self.product.depth() == 0;
+        let untouched = self.product.depth() == 0 && !self.product.accumulate;
         for row in area.row..area.row + area.rows {
             // SAFETY: this task alone owns the area of `out`.
             let values = unsafe { self.out.part(row * self.ldc + area.column, area.columns) };
-            if no_block {
+            if untouched {
                 values.fill(0.0);
             }
             (self.epilogue)(row, area.column, values);
@@ -408,6 +458,16 @@ fn pack_panel<K: Kernel>(b: &MatrixB, k: usize, n: usize, columns: usize, panel:
 fn copy_rows(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
     for (i, to) in to.chunks_mut(A_STRIDE).take(rows).enumerate() {
         to[..depth].copy_from_slice(&from[i * stride..][..depth]);
+    }
+}
+
+/// The plain definition of [`Kernel::transpose`], for the depths and rows that its vector code leaves over.
+#[inline(always)]
+fn transpose_plain(from: &[f32], stride: usize, rows: Range<usize>, depths: Range<usize>, to: &mut [f32]) {
+    for k in depths {
+        for i in rows.clone() {
+            to[i * A_STRIDE + k] = from[k * stride + i];
+        }
     }
 }
 

@@ -11,6 +11,13 @@ const LITTLE_ROWS: usize = 96;
 /// The most floats of B that lie packed at once: a share of the L3 cache.
 const PACKED_FLOATS: usize = 2 << 20;
 
+/// The deepest product of which all blocks are packed at once. Deeper ones, as gradients of weights are, would leave
+/// room for few columns, and A is copied anew for each round of columns.
+const MOST_DEPTH: usize = 8192;
+
+/// How much of a deeper product is packed at once: whole blocks.
+const DEPTH_AT_ONCE: usize = 8 * DEPTH;
+
 /// Tasks per thread that even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -22,8 +29,9 @@ const PANELS_PER_TASK: usize = 8;
 pub(super) enum Split {
     /// Tasks own `per_task` columns (of one block of rows) and pack B for themselves.
     Columns { per_task: usize },
-    /// Tasks own a block of rows; B is packed beforehand, `columns_at_once` columns at a time.
-    Rows { columns_at_once: usize },
+    /// Tasks own a block of rows; B is packed beforehand, `columns_at_once` columns of
+    /// `depth_at_once` inputs at a time.
+    Rows { columns_at_once: usize, depth_at_once: usize },
 }
 
 /// The cut of one product.
@@ -52,10 +60,11 @@ impl Plan {
         let least = (TASKS_PER_THREAD * threads).min(m.div_ceil(2 * K::ROWS));
         let blocks = m.div_ceil(BLOCK_ROWS).max(least).next_multiple_of(threads);
         let (rows, blocks) = cut::<K>(m, blocks);
-        let most = PACKED_FLOATS / (k.max(DEPTH) * K::COLUMNS);
+        let depth_at_once = if k <= MOST_DEPTH { MOST_DEPTH } else { DEPTH_AT_ONCE };
+        let most = PACKED_FLOATS / (k.clamp(DEPTH, depth_at_once) * K::COLUMNS);
         let chunks = panels.div_ceil(most.max(1));
         let columns_at_once = panels.div_ceil(chunks) * K::COLUMNS;
-        Plan { rows, blocks, m, split: Split::Rows { columns_at_once } }
+        Plan { rows, blocks, m, split: Split::Rows { columns_at_once, depth_at_once } }
     }
 
     /// The area of a block of rows, and of at most `columns` columns of `n` from `column` on.

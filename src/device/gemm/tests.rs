@@ -22,6 +22,7 @@ struct Case {
     n: usize,
     k: usize,
     a: Vec<f32>,
+    order: Order,
     lda: usize,
     b: Vec<f32>,
     leading: usize,
@@ -38,12 +39,32 @@ impl Case {
         // Thirds: sums of their products are rounded, so that bits show the order of summation.
         let a = numbers(size(m, k), 1 + k as u32).iter().map(|v| v / 3.0).collect();
         let b = numbers(size(rows, columns), 2 + k as u32);
-        Case { m, n, k, a, lda: k + gap, b, leading: columns + gap, layout }
+        Case { m, n, k, a, order: Order::Rows, lda: k + gap, b, leading: columns + gap, layout }
+    }
+
+    /// The same with A column after column, NaN between them.
+    fn by_columns(self) -> Self {
+        let lda = self.m + 3;
+        let mut a = vec![f32::NAN; if self.m * self.k == 0 { 0 } else { (self.k - 1) * lda + self.m }];
+        for (i, j) in (0..self.m).flat_map(|i| (0..self.k).map(move |j| (i, j))) {
+            a[j * lda + i] = self.a[i * self.lda + j];
+        }
+        Case { a, order: Order::Columns, lda, ..self }
+    }
+
+    fn a(&self) -> MatrixA<'_> {
+        MatrixA { values: &self.a, order: self.order, leading: self.lda }
+    }
+
+    /// A from row `row` on.
+    fn a_from(&self, row: usize) -> MatrixA<'_> {
+        let values = if self.k == 0 { &[][..] } else { &self.a[self.a().index(row, 0)..] };
+        MatrixA { values, ..self.a() }
     }
 
     fn factors<'a>(&'a self, values: Values<'a>) -> Factors<'a> {
         let b = MatrixB { values, layout: self.layout, leading: self.leading };
-        Factors { k: self.k, a: &self.a, lda: self.lda, b }
+        Factors { k: self.k, a: self.a(), b }
     }
 
     fn reference(&self) -> Vec<f64> {
@@ -51,7 +72,7 @@ impl Case {
         let mut c = Vec::new();
         for i in 0..self.m {
             for j in 0..self.n {
-                let term = |k| self.a[i * self.lda + k] as f64 * self.b[b.index(k, j)] as f64;
+                let term = |k| self.a[self.a().index(i, k)] as f64 * self.b[b.index(k, j)] as f64;
                 c.push((0..self.k).map(term).sum());
             }
         }
@@ -67,7 +88,7 @@ impl Case {
 fn sum(threads: usize, m: usize, n: usize, terms: &[Factors]) -> Vec<f32> {
     let (cx, ldc) = (Context::new(&Device::cpu(threads).unwrap()), n + 3);
     let mut out = vec![f32::NAN; m * ldc];
-    gemm(&cx, &Gemm { m, n, terms }, &mut out, ldc, |_, _, _| ()).unwrap();
+    gemm(&cx, &Gemm { m, n, terms, accumulate: false }, &mut out, ldc, |_, _, _| ()).unwrap();
     out.chunks(ldc).for_each(|row| assert!(row[n..].iter().all(|v| v.is_nan())));
     out.chunks(ldc).flat_map(|row| &row[..n]).copied().collect()
 }
@@ -94,7 +115,9 @@ const SIZES: &[(usize, usize, usize)] = &[
 fn cases() -> impl Iterator<Item = Case> {
     let layouts = [Layout::RowsAreOutputs, Layout::RowsAreInputs];
     SIZES.iter().flat_map(move |&(m, n, k)| {
-        layouts.into_iter().flat_map(move |l| [0, 5].into_iter().map(move |gap| Case::new(m, n, k, l, gap)))
+        layouts.into_iter().flat_map(move |l| {
+            [Case::new(m, n, k, l, 0), Case::new(m, n, k, l, 5), Case::new(m, n, k, l, 1).by_columns()]
+        })
     })
 }
 
@@ -133,8 +156,7 @@ fn bits_depend_on_neither_threads_nor_neighbours() {
                     assert_eq!(case.run(threads, Values::F32(&case.b)), whole);
                 }
                 for row in [0, case.m / 2, case.m - 1] {
-                    let a = if case.k == 0 { &[][..] } else { &case.a[row * case.lda..] };
-                    let alone = Factors { a, ..case.factors(Values::F32(&case.b)) };
+                    let alone = Factors { a: case.a_from(row), ..case.factors(Values::F32(&case.b)) };
                     assert_eq!(sum(1, 1, case.n, &[alone]), whole[row * case.n..][..case.n]);
                 }
             }
@@ -157,7 +179,11 @@ const SUMS: &[(usize, usize, &[usize])] = &[
 /// Terms whose layouts take turns, with gaps between rows.
 fn terms(m: usize, n: usize, depths: &[usize]) -> Vec<Case> {
     let layouts = [Layout::RowsAreOutputs, Layout::RowsAreInputs].into_iter().cycle();
-    depths.iter().zip(layouts).enumerate().map(|(gap, (&k, l))| Case::new(m, n, k, l, gap)).collect()
+    let term = |(gap, (&k, l))| {
+        let case = Case::new(m, n, k, l, gap);
+        if gap % 3 == 1 { case.by_columns() } else { case }
+    };
+    depths.iter().zip(layouts).enumerate().map(term).collect()
 }
 
 #[test]
@@ -186,8 +212,8 @@ fn sums_match_the_definition_and_have_fixed_bits() {
                     assert_eq!(sum(threads, m, n, &factors), got);
                 }
                 assert_eq!(sum(2, m, n, &of_halves), got);
-                let last = |c: &Factors| if c.k == 0 { 0 } else { (m - 1) * c.lda };
-                let rows: Vec<_> = factors.iter().map(|c| Factors { a: &c.a[last(c)..], ..*c }).collect();
+                let last = cases.iter().zip(&factors).map(|(c, f)| Factors { a: c.a_from(m - 1), ..*f });
+                let rows: Vec<_> = last.collect();
                 assert_eq!(sum(1, 1, n, &rows), got[(m - 1) * n..]);
             });
         }
@@ -202,7 +228,7 @@ fn whole_blocks_of_one_product_are_terms() {
             let term = |first: usize, end: usize| {
                 let all = whole.factors(Values::F32(&whole.b));
                 let b = MatrixB { values: all.b.values.skip(all.b.index(first, 0)), ..all.b };
-                Factors { k: end - first, a: &all.a[first..], b, ..all }
+                Factors { k: end - first, a: MatrixA { values: &all.a.values[first..], ..all.a }, b }
             };
             let parts = [term(0, DEPTH), term(DEPTH, 3 * DEPTH), term(3 * DEPTH, whole.k)];
             assert_eq!(sum(2, m, n, &parts), whole.run(1, Values::F32(&whole.b)));
@@ -214,7 +240,7 @@ fn whole_blocks_of_one_product_are_terms() {
 fn serial_products_have_the_same_bits() {
     for level in Level::available() {
         at_level(level, || {
-            for case in cases() {
+            for case in cases().filter(|c| c.order == Order::Rows) {
                 let serial = Serial::new();
                 let Case { m, n, k, ref a, lda, .. } = case;
                 let product = case.factors(Values::F32(&case.b));
@@ -236,6 +262,51 @@ fn serial_products_have_the_same_bits() {
 }
 
 #[test]
+fn the_order_of_a_changes_no_bit() {
+    for level in Level::available() {
+        at_level(level, || {
+            for &(m, n, k) in SIZES {
+                let new = || Case::new(m, n, k, Layout::RowsAreInputs, 2);
+                let (rows, columns) = (new(), new().by_columns());
+                assert_eq!(columns.run(2, Values::F32(&columns.b)), rows.run(1, Values::F32(&rows.b)));
+            }
+        });
+    }
+}
+
+#[test]
+fn a_deep_sum_is_that_of_its_parts() {
+    // Deeper than what is packed at once, so that the parts are products of their own.
+    for (m, n, depths) in [(130, 70, &[9000][..]), (200, 33, &[5000, 255, 5001, 300])] {
+        let cases = terms(m, n, depths);
+        let factors: Vec<_> = cases.iter().map(|c| c.factors(Values::F32(&c.b))).collect();
+        let got = sum(2, m, n, &factors);
+        let row = cases.iter().zip(&factors).map(|(c, f)| Factors { a: c.a_from(m / 2), ..*f });
+        // Few rows take another way, without packing beforehand.
+        assert_eq!(sum(1, 1, n, &row.collect::<Vec<_>>()), got[m / 2 * n..][..n]);
+        assert_eq!(sum(3, m, n, &factors), got);
+    }
+}
+
+#[test]
+fn products_add_to_what_is_there() {
+    let cx = Context::new(&Device::cpu(2).unwrap());
+    for case in cases() {
+        let Case { m, n, .. } = case;
+        let terms = [case.factors(Values::F32(&case.b))];
+        let want: Vec<f64> = case.reference().iter().map(|v| v + 2.0).collect();
+        let mut out = vec![1.0; m * n];
+        gemm(&cx, &Gemm { m, n, terms: &terms, accumulate: true }, &mut out, n, |_, _, row| {
+            row.iter_mut().for_each(|v| *v += 1.0);
+        })
+        .unwrap();
+        for (got, want) in out.iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() <= 1e-6 * (1.0 + case.k as f64));
+        }
+    }
+}
+
+#[test]
 fn the_epilogue_sees_every_element_once() {
     for (m, n, k) in [(5, 70, 20), (700, 50, 260), (130, 300, 0)] {
         let case = Case::new(m, n, k, Layout::RowsAreOutputs, 0);
@@ -244,11 +315,17 @@ fn the_epilogue_sees_every_element_once() {
             let cx = Context::new(&Device::cpu(threads).unwrap());
             let mut out = vec![0.0; m * n];
             let terms = [case.factors(Values::F32(&case.b))];
-            gemm(&cx, &Gemm { m, n, terms: &terms }, &mut out, n, |row, column, values| {
-                for (j, v) in values.iter_mut().enumerate() {
-                    *v += (row * n + column + j) as f32;
-                }
-            })
+            gemm(
+                &cx,
+                &Gemm { m, n, terms: &terms, accumulate: false },
+                &mut out,
+                n,
+                |row, column, values| {
+                    for (j, v) in values.iter_mut().enumerate() {
+                        *v += (row * n + column + j) as f32;
+                    }
+                },
+            )
             .unwrap();
             for (i, (got, plain)) in out.iter().zip(&plain).enumerate() {
                 assert_eq!(*got, plain + i as f32);
@@ -267,15 +344,18 @@ fn bad_requests_are_errors() {
     let mut run = |n, term: Factors, ldc| {
         // A bad term is found in any place.
         let terms = [factors, term];
-        gemm(&cx, &Gemm { m: 4, n, terms: &terms }, &mut out, ldc, |_, _, _| ())
+        gemm(&cx, &Gemm { m: 4, n, terms: &terms, accumulate: false }, &mut out, ldc, |_, _, _| ())
     };
     run(5, factors, 5).unwrap();
     assert!(run(5, factors, 6).is_err());
     assert!(run(5, factors, 4).is_err());
     assert!(run(6, factors, 5).is_err());
     assert!(run(5, Factors { k: 7, ..factors }, 5).is_err());
-    assert!(run(5, Factors { lda: usize::MAX, ..factors }, 5).is_err());
-    assert!(run(5, Factors { a: &case.a[1..], ..factors }, 5).is_err());
+    assert!(run(5, Factors { a: MatrixA::rows(&case.a, usize::MAX), ..factors }, 5).is_err());
+    assert!(run(5, Factors { a: MatrixA::rows(&case.a[1..], 6), ..factors }, 5).is_err());
+    assert!(run(5, Factors { a: MatrixA::columns(&case.a, 4), ..factors }, 5).is_ok());
+    assert!(run(5, Factors { a: MatrixA::columns(&case.a, 3), ..factors }, 5).is_err());
+    assert!(run(5, Factors { a: MatrixA::columns(&case.a[1..], 4), ..factors }, 5).is_err());
     let b = MatrixB { values: factors.b.values.skip(1), ..factors.b };
     assert!(run(5, Factors { b, ..factors }, 5).is_err());
     token.cancel();

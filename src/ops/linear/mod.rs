@@ -1,12 +1,13 @@
 //! Matrix products with everything that may follow them, applied while an output row is hot.
 
+pub(crate) mod gradient;
 mod sum;
 #[cfg(test)]
 mod tests;
 
 use crate::device::Context;
 pub use crate::device::gemm::Layout as WeightLayout;
-use crate::device::gemm::{Factors, Gemm, Layout, MatrixB, Values, gemm};
+use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values, gemm};
 use crate::device::simd::fma;
 use crate::error::{Error, Result};
 pub use crate::ops::activation::Activation;
@@ -125,11 +126,11 @@ pub(crate) fn product(
     let k = rows.channels;
     let leading = if layout == Layout::RowsAreOutputs { k } else { n };
     let b = MatrixB { values: values(weight)?, layout, leading };
-    let terms = [Factors { k, a: rows.values, lda: k, b }];
+    let terms = [Factors { k, a: MatrixA::rows(rows.values, k), b }];
     let m = out.len().checked_div(n).unwrap_or(0);
     finished(
         cx,
-        &Gemm { m, n, terms: &terms },
+        &Gemm { m, n, terms: &terms, accumulate: false },
         epilogue,
         Place { first_row, per_sample: rows.per_sample },
         out,

@@ -1,9 +1,9 @@
 //! A sum of products that share their outputs: what a dense layer over concatenated inputs computes, without
 //! the concatenation.
 
-use super::{Epilogue, Place, finished, sides, values};
+use super::{Epilogue, Place, finished, gradient, sides, values};
 use crate::device::Context;
-use crate::device::gemm::{Factors, Gemm, Layout, MatrixB, Values};
+use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, MAX_RANK, Tensor};
 
@@ -34,6 +34,14 @@ pub struct Term<'a> {
 /// `InvalidArgument` without terms, with more than [`MAX_TERMS`], or if shapes do not fit together;
 /// `OutOfMemory`; `Cancelled`.
 pub fn linear_sum(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<Tensor> {
+    if terms.iter().any(|term| gradient::records(cx, &[Some(term.x), Some(term.weight)], epilogue)) {
+        return gradient::recorded(cx, terms, epilogue);
+    }
+    compute(cx, terms, epilogue)
+}
+
+/// [`linear_sum`] without a tape.
+pub(super) fn compute(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<Tensor> {
     let Some(first) = terms.first().filter(|_| terms.len() <= MAX_TERMS) else {
         return Err(Error::argument("linear sum", format!("1 to {MAX_TERMS} terms"), terms.len()));
     };
@@ -42,7 +50,7 @@ pub fn linear_sum(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<T
         return Err(Error::argument("linear input", "at least one dimension", first.x.shape()));
     };
     let none = MatrixB { values: Values::F32(&[]), layout: Layout::RowsAreOutputs, leading: 0 };
-    let mut factors = [Factors { k: 0, a: &[], lda: 0, b: none }; MAX_TERMS];
+    let mut factors = [Factors { k: 0, a: MatrixA::rows(&[], 0), b: none }; MAX_TERMS];
     for (factors, term) in factors.iter_mut().zip(terms) {
         *factors = term.factors(outer, outputs)?;
     }
@@ -56,7 +64,7 @@ pub fn linear_sum(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<T
     let m = first.x.shape().rows();
     let samples = outer.first().copied().unwrap_or(1);
     let place = Place { first_row: 0, per_sample: m / samples.max(1) };
-    let sum = Gemm { m, n: outputs, terms: &factors[..terms.len()] };
+    let sum = Gemm { m, n: outputs, terms: &factors[..terms.len()], accumulate: false };
     let mut out = Tensor::new(cx, "linear output", dims, DType::F32)?;
     finished(cx, &sum, epilogue, place, out.slice_mut()?)?;
     Ok(out)
@@ -85,6 +93,6 @@ impl<'a> Term<'a> {
             Layout::RowsAreInputs => (self.first_input * n, n),
         };
         let b = MatrixB { values: values(self.weight)?.skip(first), layout: self.layout, leading };
-        Ok(Factors { k, a: self.x.slice()?, lda: k, b })
+        Ok(Factors { k, a: MatrixA::rows(self.x.slice()?, k), b })
     }
 }
