@@ -16,6 +16,7 @@ pub mod linear;
 pub mod noise_head;
 pub mod pixel_shuffle;
 pub mod pool;
+pub(crate) mod reduce;
 pub mod residual_mlp;
 pub mod resize;
 pub mod response_norm;
