@@ -3,6 +3,7 @@
 mod cancel;
 pub mod gemm;
 mod memory;
+mod reduce;
 pub mod reserve;
 pub mod scratch;
 pub mod simd;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 pub use cancel::CancelToken;
 pub use memory::{ALIGNMENT, Buffer, Pool};
+pub use reduce::Reduce;
 
 use crate::error::{Error, Result};
 use scratch::SharedMut;

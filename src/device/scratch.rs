@@ -67,6 +67,36 @@ pub fn floats(buffer: &Buffer) -> &[f32] {
     unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<f32>()) }
 }
 
+/// Pooled memory for sums in f64.
+#[derive(Debug)]
+pub struct Doubles {
+    buffer: Buffer,
+}
+
+impl Doubles {
+    /// `count` numbers of arbitrary content.
+    ///
+    /// # Errors
+    /// `OutOfMemory`, naming `what`.
+    pub fn new(device: &Device, what: &str, count: usize) -> Result<Self> {
+        Ok(Doubles { buffer: device.take(what, count.saturating_mul(size_of::<f64>()))? })
+    }
+
+    /// The numbers.
+    pub fn values(&self) -> &[f64] {
+        let bytes = self.buffer.bytes();
+        // SAFETY: as in `floats_mut`; the length is a whole number of them.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<f64>()) }
+    }
+
+    /// The numbers, to write.
+    pub fn values_mut(&mut self) -> &mut [f64] {
+        let bytes = self.buffer.bytes_mut();
+        // SAFETY: as in `values`; `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / size_of::<f64>()) }
+    }
+}
+
 /// A slice whose disjoint parts several tasks write.
 #[derive(Debug, Clone, Copy)]
 pub struct SharedMut<T> {

@@ -254,6 +254,44 @@ pub fn silu<const FMA: bool>(x: f32) -> f32 {
     x * sigmoid::<FMA>(x)
 }
 
+/// 1 / sqrt(2 pi): the density of the normal distribution at 0.
+const NORMAL_DENSITY: f32 = 0.398_942_3;
+
+/// The derivative of [`gelu`]: Phi(x) + x phi(x).
+#[inline(always)]
+pub fn gelu_gradient<const FMA: bool>(x: f32) -> f32 {
+    let distribution = fma::<FMA>(0.5, erf::<FMA>(x * std::f32::consts::FRAC_1_SQRT_2), 0.5);
+    fma::<FMA>(x * NORMAL_DENSITY, exp::<FMA>(-0.5 * x * x), distribution)
+}
+
+/// The derivative of x * sigmoid(`rate` * x).
+#[inline(always)]
+fn gated_gradient<const FMA: bool>(x: f32, rate: f32) -> f32 {
+    // From here on the gate is 0 or 1, and the product with it must not meet an infinity.
+    let x = (rate * x).clamp(-EXP_MOST, EXP_MOST);
+    let gate = sigmoid::<FMA>(x);
+    gate * fma::<FMA>(x, 1.0 - gate, 1.0)
+}
+
+/// The derivative of [`quick_gelu`].
+#[inline(always)]
+pub fn quick_gelu_gradient<const FMA: bool>(x: f32) -> f32 {
+    gated_gradient::<FMA>(x, 1.702)
+}
+
+/// The derivative of [`silu`]: s (1 + x (1 - s)) with s = sigmoid(x).
+#[inline(always)]
+pub fn silu_gradient<const FMA: bool>(x: f32) -> f32 {
+    gated_gradient::<FMA>(x, 1.0)
+}
+
+/// The derivative of [`sigmoid`]: s (1 - s) with s = sigmoid(x).
+#[inline(always)]
+pub fn sigmoid_gradient<const FMA: bool>(x: f32) -> f32 {
+    let gate = sigmoid::<FMA>(x);
+    gate * (1.0 - gate)
+}
+
 /// x if positive, else `slope` * x.
 #[inline(always)]
 pub fn leaky_relu(x: f32, slope: f32) -> f32 {

@@ -1,6 +1,9 @@
 //! Pointwise nonlinearities, as kernels apply them to a part of an output that is still in cache.
 
-use crate::device::simd::{gelu, leaky_relu, quick_gelu, sigmoid, silu};
+use crate::device::simd::{
+    gelu, gelu_gradient, leaky_relu, quick_gelu, quick_gelu_gradient, sigmoid, sigmoid_gradient, silu,
+    silu_gradient,
+};
 use crate::simd_dispatch;
 
 /// A pointwise nonlinearity.
@@ -28,6 +31,21 @@ impl Activation {
     pub fn apply(self, values: &mut [f32]) {
         apply(values, self);
     }
+
+    /// g <- g act'(x) for every input x and gradient g, as many of each, on the calling thread. Where a straight line
+    /// bends, at 0, the derivative is that of its left side.
+    pub fn gradient(self, inputs: &[f32], gradients: &mut [f32]) {
+        gradient(inputs, gradients, self);
+    }
+
+    /// Whether the derivative at x is that at act(x), so that a result in the place of its input loses nothing.
+    pub(crate) fn differentiates_from_result(self) -> bool {
+        match self {
+            Activation::None | Activation::Relu => true,
+            Activation::LeakyRelu(slope) => slope > 0.0,
+            _ => false,
+        }
+    }
 }
 
 simd_dispatch! {
@@ -45,54 +63,118 @@ simd_dispatch! {
     }
 }
 
+/// g <- g f(x) for every pair.
+macro_rules! times {
+    ($inputs:ident, $gradients:ident, $derivative:expr) => {
+        $gradients.iter_mut().zip($inputs).for_each(|(g, x)| *g *= $derivative(*x))
+    };
+}
+
+simd_dispatch! {
+    /// Multiplies `gradients` by the derivatives.
+    fn gradient<const FMA: bool>(inputs: &[f32], gradients: &mut [f32], activation: Activation) {
+        match activation {
+            Activation::None => {}
+            // A choice, not a product: an infinite gradient of what was cut off must not become NaN.
+            Activation::Relu => {
+                gradients.iter_mut().zip(inputs).for_each(|(g, x)| *g = if *x > 0.0 { *g } else { 0.0 });
+            }
+            Activation::LeakyRelu(slope) => times!(inputs, gradients, |x| if x > 0.0 { 1.0 } else { slope }),
+            Activation::Gelu => times!(inputs, gradients, gelu_gradient::<FMA>),
+            Activation::QuickGelu => times!(inputs, gradients, quick_gelu_gradient::<FMA>),
+            Activation::Silu => times!(inputs, gradients, silu_gradient::<FMA>),
+            Activation::Sigmoid => times!(inputs, gradients, sigmoid_gradient::<FMA>),
+        }
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::device::simd::{Level, tests::at_level};
+    use crate::ops::check;
+    pub use crate::ops::check::activation as naive;
 
-    /// The definitions, in f64.
-    pub fn naive(activation: Activation, x: f64) -> f64 {
-        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    const ALL: [Activation; 7] = [
+        Activation::None,
+        Activation::Relu,
+        Activation::LeakyRelu(0.2),
+        Activation::Gelu,
+        Activation::QuickGelu,
+        Activation::Silu,
+        Activation::Sigmoid,
+    ];
+
+    fn inputs() -> Vec<f32> {
+        (-300..=300).map(|i| i as f32 / 25.0).chain([-80.0, 80.0]).collect()
+    }
+
+    #[test]
+    fn agrees_with_the_definition() {
+        for activation in ALL {
+            let inputs = inputs();
+            let mut values = inputs.clone();
+            apply(&mut values, activation);
+            for (&x, &y) in inputs.iter().zip(&values) {
+                let expected = check::activation(activation, f64::from(x));
+                let error = (f64::from(y) - expected).abs() / expected.abs().max(1.0);
+                assert!(error < 1e-6, "{activation:?}({x}) = {y}, expected {expected}");
+            }
+        }
+    }
+
+    /// The derivatives, in f64.
+    fn derivative(activation: Activation, x: f64) -> f64 {
+        let gated = |rate: f64| {
+            let gate = 1.0 / (1.0 + (-rate * x).exp());
+            gate + rate * x * gate * (1.0 - gate)
+        };
         match activation {
-            Activation::None => x,
-            Activation::Relu => x.max(0.0),
-            Activation::LeakyRelu(slope) => x.max(0.0) + f64::from(slope) * x.min(0.0),
-            Activation::Silu => x * sigmoid(x),
-            Activation::QuickGelu => x * sigmoid(1.702 * x),
-            Activation::Sigmoid => sigmoid(x),
+            Activation::None => 1.0,
+            Activation::Relu => f64::from(u8::from(x > 0.0)),
+            Activation::LeakyRelu(slope) => {
+                if x > 0.0 {
+                    1.0
+                } else {
+                    f64::from(slope)
+                }
+            }
+            Activation::Silu => gated(1.0),
+            Activation::QuickGelu => gated(1.702),
+            Activation::Sigmoid => 1.0 / (2.0 + x.exp() + (-x).exp()),
             Activation::Gelu => {
-                // Phi by Simpson's rule over the density from 0.
-                let (steps, density) = (2000, |t: f64| (-t * t / 2.0).exp());
-                let h = x / f64::from(steps);
-                let sum: f64 = (0..steps)
-                    .map(|i| {
-                        let t = f64::from(i) * h;
-                        density(t) + 4.0 * density(t + h / 2.0) + density(t + h)
-                    })
-                    .sum();
-                x * (0.5 + sum * h / 6.0 / std::f64::consts::TAU.sqrt())
+                let distribution = if x == 0.0 { 0.5 } else { check::activation(activation, x) / x };
+                distribution + x * (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt()
             }
         }
     }
 
     #[test]
-    fn agrees_with_the_definition() {
-        for activation in [
-            Activation::None,
-            Activation::Relu,
-            Activation::LeakyRelu(0.2),
-            Activation::Gelu,
-            Activation::QuickGelu,
-            Activation::Silu,
-            Activation::Sigmoid,
-        ] {
-            let inputs: Vec<f32> = (-300..=300).map(|i| i as f32 / 25.0).chain([-80.0, 80.0]).collect();
-            let mut values = inputs.clone();
-            apply(&mut values, activation);
-            for (&x, &y) in inputs.iter().zip(&values) {
-                let expected = naive(activation, f64::from(x));
-                let error = (f64::from(y) - expected).abs() / expected.abs().max(1.0);
-                assert!(error < 1e-6, "{activation:?}({x}) = {y}, expected {expected}");
+    fn gradients_are_those_of_the_definition() {
+        let inputs = inputs();
+        for (activation, level) in ALL.into_iter().flat_map(|a| Level::available().map(move |l| (a, l))) {
+            let mut values = vec![2f32; inputs.len()];
+            at_level(level, || activation.gradient(&inputs, &mut values));
+            for (&x, &g) in inputs.iter().zip(&values) {
+                let expected = 2.0 * derivative(activation, f64::from(x));
+                let error = (f64::from(g) - expected).abs();
+                assert!(error < 2e-6, "{level:?} {activation:?}'({x}) = {g}, expected {expected}");
             }
+            if activation.differentiates_from_result() {
+                let (mut results, mut again) = (inputs.clone(), vec![2f32; inputs.len()]);
+                activation.apply(&mut results);
+                activation.gradient(&results, &mut again);
+                assert_eq!(again, values, "{activation:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn extremes_have_finite_gradients() {
+        for activation in ALL {
+            let mut values = [1f32; 4];
+            activation.gradient(&[1e30, -1e30, 3e38, -3e38], &mut values);
+            assert!(values.iter().all(|g| g.is_finite()), "{activation:?}: {values:?}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::device::Context;
 use crate::error::{Error, Result};
+use crate::tensor::autograd::{Tracked, record};
 use crate::tensor::{MAX_RANK, Tensor};
 
 /// # Shapes
@@ -24,5 +25,36 @@ pub fn concat(cx: &Context, parts: &[&Tensor]) -> Result<Tensor> {
     }
     let mut shape = [entries; MAX_RANK];
     shape[1..=dims.len()].copy_from_slice(dims);
-    Tensor::from_parts(cx, "a batch", &shape[..=dims.len()], parts)
+    let joined = Tensor::from_parts(cx, "a batch", &shape[..=dims.len()], parts)?;
+    let inputs: Vec<Option<&Tensor>> = parts.iter().map(|&part| Some(part)).collect();
+    record(cx, joined, &inputs, || {
+        let to: Vec<(Option<Tracked>, usize)> = parts.iter().map(|p| (p.tracked(), p.dims()[0])).collect();
+        move |cx, flow| {
+            let mut first = 0;
+            for (to, count) in to {
+                flow.give(cx, to, |g| g.narrow(first, count))?;
+                first += count;
+            }
+            Ok(())
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check;
+
+    #[test]
+    fn gradients_are_those_of_the_parts() {
+        let inputs = [check::random(&[1, 3, 2], 1), check::random(&[4, 3, 2], 2)];
+        check::gradients(
+            &inputs,
+            |cx, x| concat(cx, &[&x[1], &x[0], &x[1]]),
+            |x| [&x[1][..], &x[0], &x[1]].concat(),
+        );
+        let constant = check::random(&[2, 3, 2], 3);
+        let gradient = |cx: &Context, x: &[Tensor]| concat(cx, &[&x[0], &constant]);
+        check::gradients(&inputs[..1], gradient, |x| [&x[0][..], &check::wide(&constant)].concat());
+    }
 }

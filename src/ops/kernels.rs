@@ -30,7 +30,28 @@ pub(crate) fn parallel_chunks<T: Send>(
     cx.parallel_chunks(out, chunk, body)
 }
 
-/// Changes `x` part by part: where it lies if nobody else owns its memory, else in a copy.
+/// Calls `body(n, first, part)` for every run of elements of `out` that lie in one of its samples, of `sample`
+/// elements each: `part` begins at element `first` of `out`. In parallel, in tasks whose size is fixed.
+pub(crate) fn parallel_samples(
+    cx: &Context,
+    out: &mut [f32],
+    sample: usize,
+    body: impl Fn(usize, usize, &mut [f32]) + Sync,
+) -> Result<()> {
+    parallel_chunks(cx, out, TASK_ELEMENTS, |i, part| {
+        let (mut first, mut rest) = (i * TASK_ELEMENTS, part);
+        while !rest.is_empty() {
+            let n = first / sample;
+            let (run, after) = rest.split_at_mut(rest.len().min((n + 1) * sample - first));
+            body(n, first, run);
+            first += run.len();
+            rest = after;
+        }
+    })
+}
+
+/// Changes `x` part by part: where it lies if nobody else owns its memory, else in a copy. The result has the place
+/// of `x` on the tape, which [`record`](crate::tensor::autograd::record) has to replace by its own.
 pub(crate) fn in_place(
     cx: &Context,
     what: &'static str,
@@ -48,7 +69,7 @@ pub(crate) fn in_place(
         part.copy_from_slice(&shared[i * chunk.max(1)..][..part.len()]);
         body(i, part);
     })?;
-    Ok(out)
+    Ok(out.tracked_as(&x))
 }
 
 /// Reads elements `start..start + out.len()` of a float tensor of any type as `f32`.

@@ -19,6 +19,7 @@ pub mod noise_head;
 pub mod pixel_shuffle;
 pub mod pool;
 pub mod repeat;
+pub(crate) mod reduce;
 pub mod residual_mlp;
 pub mod resize;
 pub mod response_norm;

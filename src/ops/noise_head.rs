@@ -4,6 +4,7 @@ use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
 use crate::ops::kernels;
+use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
 /// Keeps the quotient finite where b reaches 1.
@@ -20,7 +21,14 @@ const BOUND: f32 = 1e-3;
 /// # Errors
 /// `InvalidArgument` for other shapes; `OutOfMemory`.
 pub fn noise_from_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor> {
-    quotient(cx, x, head, |b| b.iter_mut().for_each(|b| *b = (1.0 - *b).abs() + EPS))
+    let divisor = |b: &mut [f32]| b.iter_mut().for_each(|b| *b = (1.0 - *b).abs() + EPS);
+    let slope = |b: &mut [f32]| b.iter_mut().for_each(|b| *b = sign(*b - 1.0));
+    quotient(cx, x, head, divisor, slope)
+}
+
+/// 1 above 0, -1 below, and 0 there.
+fn sign(x: f32) -> f32 {
+    f32::from(i8::from(x > 0.0) - i8::from(x < 0.0))
 }
 
 /// (x - a) / (sigmoid(b) (1 - 2e-3) + 1e-3): the decoder of v2 (diffusers, `WuerstchenDiffNeXt`).
@@ -31,29 +39,36 @@ pub fn noise_from_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor
 /// # Errors
 /// As [`noise_from_head`].
 pub fn noise_from_bounded_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor> {
-    quotient(cx, x, head, |b| {
+    let divisor = |b: &mut [f32]| {
         Activation::Sigmoid.apply(b);
         b.iter_mut().for_each(|b| *b = *b * (1.0 - 2.0 * BOUND) + BOUND);
-    })
+    };
+    let slope = |b: &mut [f32]| {
+        Activation::Sigmoid.apply(b);
+        b.iter_mut().for_each(|b| *b = *b * (1.0 - *b) * (1.0 - 2.0 * BOUND));
+    };
+    quotient(cx, x, head, divisor, slope)
 }
 
-/// (x - a) / divisor(b).
-fn quotient(cx: &Context, x: &Tensor, head: &Tensor, divisor: impl Fn(&mut [f32]) + Sync) -> Result<Tensor> {
+/// (x - a) / divisor(b). `slope` is the derivative of `divisor`.
+fn quotient(
+    cx: &Context,
+    x: &Tensor,
+    head: &Tensor,
+    divisor: impl Fn(&mut [f32]) + Send + Sync + 'static,
+    slope: impl Fn(&mut [f32]) + Send + Sync + 'static,
+) -> Result<Tensor> {
     let channels = x.shape().channels();
     if head.shape().rows() != x.shape().rows() || head.shape().channels() != 2 * channels {
         let expected = format!("{:?} with {} channels", x.dims(), 2 * channels);
         return Err(Error::argument("noise head", expected, head.shape()));
     }
-    let (input, head) = (x.slice::<f32>()?, head.slice::<f32>()?);
+    let (input, values) = (x.slice::<f32>()?, head.slice::<f32>()?);
     let mut noise = Tensor::new(cx, "predicted noise", x.dims(), DType::F32)?;
     let chunk = kernels::rows_per_task(channels) * channels;
     kernels::parallel_chunks(cx, noise.slice_mut()?, chunk, |i, part| {
-        let head = &head[2 * i * chunk..][..2 * part.len()];
-        // All of b first: a few numbers at a time would not fill a vector.
-        for (out, head) in part.chunks_exact_mut(channels).zip(head.chunks_exact(2 * channels)) {
-            out.copy_from_slice(&head[channels..]);
-        }
-        divisor(part);
+        let head = &values[2 * i * chunk..][..2 * part.len()];
+        of_second_half(head, channels, part, &divisor);
         let rows = input[i * chunk..][..part.len()].chunks_exact(channels);
         let rows = rows.zip(head.chunks_exact(2 * channels));
         for (out, (x, head)) in part.chunks_exact_mut(channels).zip(rows) {
@@ -62,7 +77,71 @@ fn quotient(cx: &Context, x: &Tensor, head: &Tensor, divisor: impl Fn(&mut [f32]
             }
         }
     })?;
-    Ok(noise)
+    let kept = noise.clone();
+    record(cx, noise, &[Some(x), Some(head)], || {
+        let (to_x, to_head) = (x.tracked(), head.tracked());
+        let (head, noise) = (head.constant(), to_head.map(|_| kept));
+        move |cx, flow| {
+            let shares = over_divisor(cx, flow.gradient(), &head, &divisor)?;
+            if let Some(noise) = noise {
+                flow.give(cx, to_head, |_| head_gradient(cx, &shares, &noise, &head, &slope))?;
+            }
+            flow.give(cx, to_x, |_| Ok(shares))
+        }
+    })
+}
+
+/// `function` of all of b. A few numbers at a time would not fill a vector.
+fn of_second_half(head: &[f32], channels: usize, out: &mut [f32], function: &impl Fn(&mut [f32])) {
+    for (out, head) in out.chunks_exact_mut(channels).zip(head.chunks_exact(2 * channels)) {
+        out.copy_from_slice(&head[channels..]);
+    }
+    function(out);
+}
+
+/// g / divisor(b): the gradient of x.
+fn over_divisor(
+    cx: &Context,
+    g: &Tensor,
+    head: &Tensor,
+    divisor: &(impl Fn(&mut [f32]) + Sync),
+) -> Result<Tensor> {
+    let channels = g.shape().channels();
+    let mut out = Tensor::new(cx, "gradient of the noise", g.dims(), DType::F32)?;
+    let (g, head) = (g.slice::<f32>()?, head.slice::<f32>()?);
+    let chunk = kernels::rows_per_task(channels) * channels;
+    kernels::parallel_chunks(cx, out.slice_mut()?, chunk, |i, part| {
+        of_second_half(&head[2 * i * chunk..][..2 * part.len()], channels, part, divisor);
+        part.iter_mut().zip(&g[i * chunk..]).for_each(|(out, g)| *out = g / *out);
+    })?;
+    Ok(out)
+}
+
+/// -s for a, and -s noise slope(b) for b, with s = g / divisor(b).
+fn head_gradient(
+    cx: &Context,
+    shares: &Tensor,
+    noise: &Tensor,
+    head: &Tensor,
+    slope: &(impl Fn(&mut [f32]) + Sync),
+) -> Result<Tensor> {
+    let channels = shares.shape().channels();
+    let (shares, noise, values) = (shares.slice::<f32>()?, noise.slice::<f32>()?, head.slice::<f32>()?);
+    let mut out = Tensor::new(cx, "gradient of the noise head", head.dims(), DType::F32)?;
+    let rows = kernels::rows_per_task(2 * channels);
+    kernels::parallel_chunks(cx, out.slice_mut()?, 2 * rows * channels, |i, part| {
+        part.copy_from_slice(&values[2 * i * rows * channels..][..part.len()]);
+        // Of a too, which is overwritten: whole rows are what fills vectors.
+        slope(part);
+        for (row, part) in (i * rows..).zip(part.chunks_exact_mut(2 * channels)) {
+            let (of_a, of_b) = part.split_at_mut(channels);
+            let terms = shares[row * channels..].iter().zip(&noise[row * channels..]);
+            for ((a, b), (share, noise)) in of_a.iter_mut().zip(of_b).zip(terms) {
+                (*a, *b) = (-share, -share * noise * *b);
+            }
+        }
+    })?;
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -94,6 +173,35 @@ mod tests {
         }
         let (cx, x) = (check::cx(), check::random(&[1, 2, 2, 3], 1));
         assert!(noise_from_bounded_head(&cx, &x, &check::random(&[1, 2, 2, 3], 1)).is_err());
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_definitions() {
+        for [n, p, c] in [[1usize, 1usize, 1usize], [2, 3, 5]] {
+            let inputs = [check::random(&[n, p, 1, c], 1), check::random(&[n, p, 1, 2 * c], 2)];
+            let definition = |x: &[f64], head: &[f64], divisor: fn(f64) -> f64| -> Vec<f64> {
+                let at = |i: usize| i / c * 2 * c + i % c;
+                x.iter().enumerate().map(|(i, x)| (x - head[at(i)]) / divisor(head[at(i) + c])).collect()
+            };
+            let plain = |b: f64| (1.0 - b).abs() + 1e-5;
+            let bounded = |b: f64| 1.0 / (1.0 + (-b).exp()) * (1.0 - 2e-3) + 1e-3;
+            check::gradients(
+                &inputs,
+                |cx, x| noise_from_bounded_head(cx, &x[0], &x[1]),
+                |x| definition(&x[0], &x[1], bounded),
+            );
+            check::gradients(
+                &inputs,
+                |cx, x| noise_from_head(cx, &x[0], &x[1]),
+                |x| definition(&x[0], &x[1], plain),
+            );
+            let head = check::wide(&inputs[1]);
+            check::gradients(
+                &inputs[..1],
+                |cx, x| noise_from_head(cx, &x[0], &inputs[1]),
+                |x| definition(&x[0], &head, plain),
+            );
+        }
     }
 
     #[test]

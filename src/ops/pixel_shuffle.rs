@@ -3,6 +3,7 @@
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
 /// `y[n, i, j, c*r*r + u*r + v] = x[n, i*r+u, j*r+v, c]`.
@@ -31,7 +32,10 @@ pub fn pixel_unshuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             }
         }
     })?;
-    Ok(out)
+    record(cx, out, &[Some(x)], || {
+        let to = x.tracked();
+        move |cx, flow| flow.give(cx, to, |g| pixel_shuffle(cx, g, r))
+    })
 }
 
 /// The inverse of [`pixel_unshuffle`].
@@ -64,13 +68,17 @@ pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             }
         }
     })?;
-    Ok(out)
+    record(cx, out, &[Some(x)], || {
+        let to = x.tracked();
+        move |cx, flow| flow.give(cx, to, |g| pixel_unshuffle(cx, g, r))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::check;
+    use crate::tensor::autograd::{Gradients, Tape, leaf};
 
     #[test]
     fn agrees_with_the_definition_and_its_inverse() {
@@ -89,6 +97,7 @@ mod tests {
                 .collect();
             check::close(&y, &[n, oh, ow, oc], &expected, 0.0);
             let back = check::on_batch(&y, |cx, y, _, _| pixel_shuffle(cx, y, r));
+            gradients(&x, &y, r);
             assert_eq!(back.dims(), dims);
             assert!(back.bytes() == x.bytes());
         }
@@ -96,5 +105,17 @@ mod tests {
         assert!(pixel_unshuffle(&check::cx(), &x, 2).is_err());
         assert!(pixel_unshuffle(&check::cx(), &x, 0).is_err());
         assert!(pixel_shuffle(&check::cx(), &x, 2).is_err());
+    }
+
+    /// Both are permutations: the gradient of a result goes back to where the result came from.
+    fn gradients(x: &Tensor, y: &Tensor, r: usize) {
+        type Op = fn(&crate::device::Context, &Tensor, usize) -> Result<Tensor>;
+        for (op, x, y) in [(pixel_unshuffle as Op, x, y), (pixel_shuffle as Op, y, x)] {
+            let (cx, tape) = (check::cx(), Tape::new());
+            let out = op(&tape.attach(&cx), &leaf(x, 0), r).unwrap();
+            let mut found = Gradients::default();
+            tape.backward(&cx, &[(&out, y.clone())], &mut found).unwrap();
+            assert!(found.get(0).unwrap().bytes() == x.bytes());
+        }
     }
 }

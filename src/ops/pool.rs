@@ -3,6 +3,7 @@
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::kernels::{self, per_cpu};
+use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
 /// Pixels that are summed in one go. Fixed, so that the order of the whole sum is.
@@ -47,6 +48,24 @@ pub fn pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
         sum_rows(&partial[n * blocks * channels..][..blocks * channels], means);
         means.iter_mut().for_each(|v| *v /= pixels.max(1) as f32);
     })?;
+    record(cx, out, &[Some(x)], || {
+        let (to, dims) = (x.tracked(), x.shape());
+        move |cx, flow| flow.give(cx, to, |g| spread(cx, g, dims.dims(), pixels))
+    })
+}
+
+/// A share of the mean's gradient for each of its pixels.
+fn spread(cx: &Context, g: &Tensor, dims: &[usize], pixels: usize) -> Result<Tensor> {
+    let (channels, share) = (g.shape().channels(), 1.0 / pixels.max(1) as f32);
+    let means = g.slice::<f32>()?;
+    let mut out = Tensor::new(cx, "gradient of a pool", dims, DType::F32)?;
+    let rows = kernels::rows_per_task(channels);
+    kernels::parallel_chunks(cx, out.slice_mut()?, rows * channels, |i, part| {
+        for (row, pixel) in (i * rows..).zip(part.chunks_exact_mut(channels)) {
+            let means = &means[row / pixels * channels..];
+            pixel.iter_mut().zip(means).for_each(|(v, g)| *v = g * share);
+        }
+    })?;
     Ok(out)
 }
 
@@ -70,5 +89,19 @@ mod tests {
             check::close(&check::on_batch(&x, |cx, x, _, _| pool(cx, x)), &[n, c], &expected, 5e-7);
         }
         assert!(pool(&check::cx(), &check::random(&[2, 3, 4], 1)).is_err());
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_definition() {
+        for [n, h, w, c] in [[1usize, 1, 1, 1], [3, 2, 7, 5]] {
+            check::gradients(
+                &[check::random(&[n, h, w, c], 1)],
+                |cx, x| pool(cx, &x[0]),
+                |x| {
+                    let of = |i: usize, p: usize| x[0][(i / c * h * w + p) * c + i % c] / (h * w) as f64;
+                    (0..n * c).map(|i| (0..h * w).map(|p| of(i, p)).sum()).collect()
+                },
+            );
+        }
     }
 }

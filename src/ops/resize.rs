@@ -7,6 +7,7 @@ use std::sync::Mutex;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
+use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
 /// Tasks per thread: enough to even out, few enough to cost nothing.
@@ -138,6 +139,7 @@ pub(crate) fn resize_axes(
     filter: Filter,
     corners: Corners,
 ) -> Result<Tensor> {
+    refuse(cx, "resize", &[input])?;
     let [n, h, w, c] = input.dims_of("the input of a resize")?;
     if n * h * w * c == 0 || vertical.output * horizontal.output == 0 {
         let found = format!("{} to {} x {}", input.shape(), vertical.output, horizontal.output);

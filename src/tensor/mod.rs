@@ -68,8 +68,13 @@ impl Tensor {
             return Err(Error::argument("values", expected, values.len()));
         }
         let buffer = Buffer::new("a tensor", std::mem::size_of_val(values))?;
-        let mut tensor =
-            Tensor { shape, dtype: T::DTYPE, storage: Storage::Host(Arc::new(buffer)), offset: 0, tracked: None };
+        let mut tensor = Tensor {
+            shape,
+            dtype: T::DTYPE,
+            storage: Storage::Host(Arc::new(buffer)),
+            offset: 0,
+            tracked: None,
+        };
         tensor.slice_mut::<T>()?.copy_from_slice(values);
         Ok(tensor)
     }

@@ -10,6 +10,7 @@ use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::linear::{Epilogue, Rows, product};
 use crate::ops::vector_quantize::Codes;
+use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
 /// Logits that are held at a time, for each of the two branches: 4 MiB.
@@ -52,6 +53,7 @@ pub fn choose_tokens(
     temperature: f32,
     choice: TokenChoice,
 ) -> Result<Tensor> {
+    refuse(cx, "choice of tokens", &[cond, uncond.unwrap_or(cond), weight])?;
     let [rows, channels] = cond.dims_of::<2>("token features")?;
     let [classes, weight_channels] = weight.dims_of::<2>("token weight")?;
     if weight_channels != channels || classes == 0 {

@@ -5,6 +5,7 @@ pub(crate) mod cpu;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
 /// A codebook laid out for the kernel: `[D, V]`, V filled up to whole blocks with codes at infinity.
@@ -16,6 +17,7 @@ pub(crate) struct Codes {
 impl Codes {
     /// Lays out `codebook`, `[V, D]` of any float type.
     pub fn new(cx: &Context, codebook: &Tensor) -> Result<Self> {
+        refuse(cx, "codebook", &[codebook])?;
         let [count, dim] = codebook.dims_of::<2>("codebook")?;
         if count == 0 || dim == 0 {
             return Err(Error::argument("codebook", "at least one code", codebook.shape()));
@@ -57,6 +59,7 @@ impl Codes {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit or the codebook is empty.
 pub fn nearest(cx: &Context, x: &Tensor, codebook: &Tensor) -> Result<Tensor> {
+    refuse(cx, "nearest code", &[x])?;
     let codes = Codes::new(cx, codebook)?;
     let dim = codes.dim();
     let Some((&last, outer)) = x.dims().split_last().filter(|(last, _)| **last == dim) else {
@@ -78,6 +81,7 @@ pub fn nearest(cx: &Context, x: &Tensor, codebook: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::ops::check;
+    use crate::tensor::autograd::{Tape, leaf};
 
     #[test]
     fn agrees_with_the_definition() {
@@ -101,6 +105,16 @@ mod tests {
                 assert!(distance(id as usize) <= best + 1e-5 * best.max(1e-3));
             }
         }
+    }
+
+    #[test]
+    fn tracked_inputs_are_refused() {
+        let (cx, x) = (check::cx(), check::random(&[3, 2], 1));
+        let (recording, tracked) = (Tape::new().attach(&cx), leaf(&x, 0));
+        assert!(nearest(&recording, &x, &tracked).is_err());
+        assert!(nearest(&recording, &tracked, &x).is_err());
+        assert!(nearest(&recording, &tracked.constant(), &x).is_ok());
+        assert!(nearest(&cx, &tracked, &tracked).is_ok());
     }
 
     #[test]

@@ -147,7 +147,12 @@ impl Tape {
     ///
     /// # Errors
     /// `Internal` for a seed that this tape did not record; `OutOfMemory`; `Cancelled`.
-    pub fn backward(&self, cx: &Context, seeds: &[(&Tensor, Tensor)], gradients: &mut Gradients) -> Result<()> {
+    pub fn backward(
+        &self,
+        cx: &Context,
+        seeds: &[(&Tensor, Tensor)],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
         self.backward_watched(cx, seeds, gradients, &mut |_, _| Ok(()))
     }
 
@@ -235,7 +240,8 @@ where
         return Err(Error::internal("autograd", "an input was recorded on another tape"));
     }
     let leaves = tracked.filter_map(|t| t.leaf()).collect();
-    let backward: Option<Backward> = (tape.keeping != Keeping::Uses).then(|| Box::new(backward()) as Backward);
+    let backward: Option<Backward> =
+        (tape.keeping != Keeping::Uses).then(|| Box::new(backward()) as Backward);
     Ok(tape.push(out, leaves, backward))
 }
 
@@ -272,13 +278,16 @@ where
     let inner: Vec<Option<Tensor>> = kept
         .iter()
         .enumerate()
-        .map(|(i, input)| input.as_ref().map(|t| if t.tracked.is_some() { leaf(t, usize::MAX - i) } else { t.clone() }))
+        .map(|(i, input)| {
+            input.as_ref().map(|t| if t.tracked.is_some() { leaf(t, usize::MAX - i) } else { t.clone() })
+        })
         .collect();
     let probe = Tape::keeping(Keeping::Uses);
     let out = block(&probe.attach(cx), &inner)?;
     let mut leaves: Vec<usize> = probe.state().uses.keys().copied().collect();
     leaves.retain(|&leaf| leaf <= usize::MAX - kept.len());
-    let places: Vec<Option<Tracked>> = kept.iter().map(|input| input.as_ref().and_then(|t| t.tracked)).collect();
+    let places: Vec<Option<Tracked>> =
+        kept.iter().map(|input| input.as_ref().and_then(|t| t.tracked)).collect();
     if out.tracked.is_none() {
         return Ok(out);
     }

@@ -2,11 +2,17 @@
 //!
 //! Those that take a tensor by value work in place when it is the only owner of its memory.
 
+mod gradient;
+#[cfg(test)]
+mod tests;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
 use crate::ops::kernels::{self, mul_add, per_cpu};
+use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
+use gradient::Affine;
 
 /// Numbers of one task.
 const CHUNK: usize = 16 << 10;
@@ -58,7 +64,13 @@ pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let range = i * CHUNK..i * CHUNK + part.len();
         add_slices(&first[range.clone()], &second[range], part);
     })?;
-    Ok(out)
+    record(cx, out, &[Some(a), Some(b)], || {
+        let (to_a, to_b) = (a.tracked(), b.tracked());
+        move |cx, flow| {
+            flow.give(cx, to_a, |g| Ok(g.clone()))?;
+            flow.give(cx, to_b, |g| Ok(g.clone()))
+        }
+    })
 }
 
 /// `activation(x)`.
@@ -66,7 +78,13 @@ pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// `InvalidArgument` if `x` is not `F32`.
 pub fn activate(cx: &Context, x: Tensor, activation: Activation) -> Result<Tensor> {
-    kernels::in_place(cx, "activation", x, CHUNK, |_, part| activation.apply(part))
+    let from_result = activation.differentiates_from_result();
+    let input = (!from_result && records(cx, &[Some(&x)])).then(|| x.clone());
+    let out = kernels::in_place(cx, "activation", x, CHUNK, |_, part| activation.apply(part))?;
+    let place = out.clone();
+    record(cx, out, &[Some(&place)], || {
+        gradient::activate(place.tracked(), input.unwrap_or(place.constant()), activation)
+    })
 }
 
 /// Squeeze and excitation: `x[n, .., c] * s[n, c]`.
@@ -79,8 +97,12 @@ pub fn activate(cx: &Context, x: Tensor, activation: Activation) -> Result<Tenso
 pub fn scale_channels(cx: &Context, x: Tensor, s: &Tensor) -> Result<Tensor> {
     let rows = Rows::of(&x)?;
     let scale = kernels::channel_vector(cx, "channel scale", s, rows.samples * rows.channels)?;
-    let scale = scale.slice::<f32>()?;
-    rows.apply(cx, x, |row, n| scale_slice(row, &scale[n * rows.channels..][..rows.channels]))
+    let input = records(cx, &[Some(s)]).then(|| x.clone());
+    let out = rows.scale(cx, x, scale.slice()?)?;
+    let place = out.clone();
+    record(cx, out, &[Some(&place), Some(s)], || {
+        Affine { rows, to_x: place.tracked(), scale, to_scale: s.tracked(), to_shift: None, input }.backward()
+    })
 }
 
 /// `x[n, .., c] * scale[n, c] + shift[n, c]`, or with `scale[c]` and `shift[c]` if they have C elements.
@@ -96,10 +118,16 @@ pub fn affine_channels(cx: &Context, x: Tensor, scale: &Tensor, shift: &Tensor) 
     let count = if per_sample { rows.samples * rows.channels } else { rows.channels };
     let scale = kernels::channel_vector(cx, "channel scale", scale, count)?;
     let shift = kernels::channel_vector(cx, "channel shift", shift, count)?;
-    let (scale, shift) = (scale.slice::<f32>()?, shift.slice::<f32>()?);
-    rows.apply(cx, x, |row, n| {
+    let input = records(cx, &[Some(&scale)]).then(|| x.clone());
+    let (scales, shifts) = (scale.slice::<f32>()?, shift.slice::<f32>()?);
+    let out = rows.apply(cx, x, |row, n| {
         let first = if per_sample { n * rows.channels } else { 0 };
-        affine_slice(row, &scale[first..][..rows.channels], &shift[first..][..rows.channels]);
+        affine_slice(row, &scales[first..][..rows.channels], &shifts[first..][..rows.channels]);
+    })?;
+    let place = out.clone();
+    record(cx, out, &[Some(&place), Some(&scale), Some(&shift)], || {
+        let (to_scale, to_shift) = (scale.tracked(), shift.tracked());
+        Affine { rows, to_x: place.tracked(), scale: scale.clone(), to_scale, to_shift, input }.backward()
     })
 }
 
@@ -119,9 +147,14 @@ pub fn modulate(cx: &Context, x: Tensor, modulation: &Tensor) -> Result<Tensor> 
         return Err(Error::argument("modulation", expected, modulation.shape()));
     }
     let values = modulation.slice::<f32>()?;
-    rows.apply(cx, x, |row, n| {
+    let input = records(cx, &[Some(modulation)]).then(|| x.clone());
+    let out = rows.apply(cx, x, |row, n| {
         let (a, b) = values[n.min(entries - 1) * 2 * channels..][..2 * channels].split_at(channels);
         crate::ops::linear::modulate(row, a, b);
+    })?;
+    let place = out.clone();
+    record(cx, out, &[Some(&place), Some(modulation)], || {
+        gradient::modulate(rows, place.tracked(), modulation.clone(), input)
     })
 }
 
@@ -138,12 +171,15 @@ pub fn add_rows(cx: &Context, x: Tensor, rows: &Tensor) -> Result<Tensor> {
     }
     let table = kernels::widened(cx, "added rows", rows)?;
     let table = table.slice::<f32>()?;
-    kernels::in_place(cx, "added rows", x, table.len(), |_, part| {
+    let out = kernels::in_place(cx, "added rows", x, table.len(), |_, part| {
         part.iter_mut().zip(table).for_each(|(v, row)| *v += row);
-    })
+    })?;
+    let place = out.clone();
+    record(cx, out, &[Some(&place), Some(rows)], || gradient::add_rows(&place, rows))
 }
 
 /// A tensor `[N, .., C]` as rows of C.
+#[derive(Debug, Clone, Copy)]
 struct Rows {
     samples: usize,
     per_sample: usize,
@@ -160,6 +196,12 @@ impl Rows {
         Ok(Rows { samples, per_sample, channels: x.shape().channels() })
     }
 
+    /// `x[n, .., c] * scale[n, c]`, or `scale[c]` if there are no more.
+    fn scale(&self, cx: &Context, x: Tensor, scale: &[f32]) -> Result<Tensor> {
+        let of_sample = if scale.len() == self.channels { 0 } else { self.channels };
+        self.apply(cx, x, |row, n| scale_slice(row, &scale[n * of_sample..][..self.channels]))
+    }
+
     /// Calls `body` with each row and the number of its sample.
     fn apply(&self, cx: &Context, x: Tensor, body: impl Fn(&mut [f32], usize) + Sync) -> Result<Tensor> {
         let rows = kernels::rows_per_task(self.channels);
@@ -168,61 +210,5 @@ impl Rows {
                 body(part, row / self.per_sample);
             }
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::check;
-
-    const SHAPES: [[usize; 4]; 4] = [[1, 1, 1, 1], [3, 5, 7, 33], [2, 1, 90, 200], [2, 130, 130, 3]];
-
-    #[test]
-    fn add_and_activate() {
-        for dims in SHAPES {
-            let (a, b) = (check::random(&dims, 1), check::random(&dims, 2));
-            let sum = check::on_batch(&a, |cx, a, first, count| add(cx, a, &b.narrow(first, count)?));
-            let expected: Vec<f64> =
-                check::wide(&a).iter().zip(check::wide(&b)).map(|(a, b)| a + b).collect();
-            check::close(&sum, &dims, &expected, 1e-7);
-            // `add` of a tensor to itself reads it twice.
-            let twice: Vec<f64> = check::wide(&a).iter().map(|a| 2.0 * a).collect();
-            check::close(&add(&check::cx(), &a, &a).unwrap(), &dims, &twice, 1e-7);
-            let relu = check::on_batch(&a, |cx, a, _, _| activate(cx, a.clone(), Activation::LeakyRelu(0.2)));
-            let expected: Vec<f64> =
-                check::wide(&a).iter().map(|&v| check::activation(Activation::LeakyRelu(0.2), v)).collect();
-            check::close(&relu, &dims, &expected, 1e-7);
-        }
-        let cx = check::cx();
-        assert!(add(&cx, &check::random(&[2, 3], 1), &check::random(&[3, 2], 1)).is_err());
-    }
-
-    #[test]
-    fn channels() {
-        for dims in SHAPES {
-            let [n, _, _, c] = dims;
-            let (x, s) = (check::random(&dims, 1), check::random(&[n, c], 2));
-            let b = check::cast(&check::random(&[n, c], 3), DType::F16);
-            let (wx, ws, wb) = (check::wide(&x), check::wide(&s), check::wide(&b));
-            let of = |i: usize| i / (wx.len() / n) * c + i % c;
-            let scaled = check::on_batch(&x, |cx, x, first, count| {
-                scale_channels(cx, x.clone(), &s.narrow(first, count)?)
-            });
-            let expected: Vec<f64> = wx.iter().enumerate().map(|(i, v)| v * ws[of(i)]).collect();
-            check::close(&scaled, &dims, &expected, 1e-7);
-            let affine = check::on_threads(|cx| affine_channels(cx, x.clone(), &s, &b));
-            let expected: Vec<f64> = wx.iter().enumerate().map(|(i, v)| v * ws[of(i)] + wb[of(i)]).collect();
-            check::close(&affine, &dims, &expected, 2e-7);
-            let (s, b) = (s.narrow(0, 1).unwrap(), b.narrow(0, 1).unwrap());
-            let affine = check::on_batch(&x, |cx, x, _, _| affine_channels(cx, x.clone(), &s, &b));
-            let expected: Vec<f64> = wx.iter().enumerate().map(|(i, v)| v * ws[i % c] + wb[i % c]).collect();
-            check::close(&affine, &dims, &expected, 2e-7);
-        }
-        let (cx, x) = (check::cx(), check::random(&[2, 3, 4], 1));
-        assert!(scale_channels(&cx, x.clone(), &check::random(&[4], 1)).is_err());
-        let address = x.bytes().as_ptr();
-        let y = scale_channels(&cx, x, &check::random(&[2, 4], 1)).unwrap();
-        assert_eq!(y.bytes().as_ptr(), address);
     }
 }

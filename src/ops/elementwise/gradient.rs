@@ -1,0 +1,112 @@
+//! Gradients of the pointwise ops. Sums over rows are those of `ops::reduce`.
+
+use super::{CHUNK, Rows};
+use crate::device::Context;
+use crate::error::Result;
+use crate::ops::activation::Activation;
+use crate::ops::kernels;
+use crate::ops::reduce::{Columns, Terms};
+use crate::tensor::autograd::{Flow, Tracked};
+use crate::tensor::{DType, Tensor};
+
+/// Of `activate`: `input` is x, or the result where that is enough.
+pub(super) fn activate(
+    to: Option<Tracked>,
+    input: Tensor,
+    activation: Activation,
+) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
+    move |cx, flow| {
+        flow.give(cx, to, |g| {
+            let input = input.slice::<f32>()?;
+            kernels::in_place(cx, "gradient of an activation", g.clone(), CHUNK, |i, part| {
+                activation.gradient(&input[i * CHUNK..][..part.len()], part);
+            })
+        })
+    }
+}
+
+/// Of `add_rows`.
+pub(super) fn add_rows(x: &Tensor, rows: &Tensor) -> impl FnOnce(&Context, &mut Flow) -> Result<()> + use<> {
+    let (to_x, to_rows) = (x.tracked(), rows.tracked());
+    let columns = Columns { groups: 1, rows: x.dims()[0], channels: rows.elements() };
+    move |cx, flow| {
+        flow.give(cx, to_x, |g| Ok(g.clone()))?;
+        flow.give(cx, to_rows, |g| {
+            columns.sums(cx, Terms::Values(g.slice()?))?.tensor(cx, "gradient of rows", &[0])
+        })
+    }
+}
+
+/// x * scale + shift over channels, of each sample or of all alike.
+pub(super) struct Affine {
+    pub rows: Rows,
+    pub to_x: Option<Tracked>,
+    /// `F32`.
+    pub scale: Tensor,
+    pub to_scale: Option<Tracked>,
+    pub to_shift: Option<Tracked>,
+    /// x, where the scale is tracked.
+    pub input: Option<Tensor>,
+}
+
+impl Affine {
+    pub fn backward(self) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
+        move |cx, flow| {
+            let scale = self.scale.slice()?;
+            flow.give(cx, self.to_x, |g| self.rows.scale(cx, g.clone(), scale))?;
+            let columns = self.rows.columns(self.scale.elements());
+            let sums = |cx, g: &Tensor| match &self.input {
+                Some(x) if self.to_shift.is_some() => {
+                    columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, x.slice()?))
+                }
+                Some(x) => columns.sums(cx, Terms::Products(g.slice()?, x.slice()?)),
+                None => columns.sums(cx, Terms::Values(g.slice()?)),
+            };
+            if self.to_scale.is_none() && self.to_shift.is_none() {
+                return Ok(());
+            }
+            let sums = sums(cx, flow.gradient())?;
+            let products = usize::from(self.to_shift.is_some());
+            flow.give(cx, self.to_scale, |_| sums.tensor(cx, "gradient of a scale", &[products]))?;
+            flow.give(cx, self.to_shift, |_| sums.tensor(cx, "gradient of a shift", &[0]))
+        }
+    }
+}
+
+/// Of `modulate`: `input` is x, where the modulation is tracked.
+pub(super) fn modulate(
+    rows: Rows,
+    to: Option<Tracked>,
+    modulation: Tensor,
+    input: Option<Tensor>,
+) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
+    move |cx, flow| {
+        flow.give(cx, to, |g| rows.scale(cx, g.clone(), factors(cx, &modulation)?.slice()?))?;
+        let Some(input) = input else { return Ok(()) };
+        flow.give(cx, modulation.tracked(), |g| {
+            let columns = rows.columns(modulation.elements() / 2);
+            let sums = columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, input.slice()?))?;
+            sums.tensor(cx, "gradient of a modulation", &[1, 0])
+        })
+    }
+}
+
+/// 1 + a of each entry of a modulation.
+fn factors(cx: &Context, modulation: &Tensor) -> Result<Tensor> {
+    let channels = modulation.shape().channels() / 2;
+    let values = modulation.slice::<f32>()?;
+    let dims = [modulation.shape().rows(), channels];
+    let mut factors = Tensor::new(cx, "factors of a modulation", &dims, DType::F32)?;
+    kernels::parallel_chunks(cx, factors.slice_mut()?, channels, |n, part| {
+        part.iter_mut().zip(&values[2 * n * channels..]).for_each(|(factor, a)| *factor = 1.0 + a);
+    })?;
+    Ok(factors)
+}
+
+impl Rows {
+    /// For the sums that `sums` numbers take part in: C for all samples, or as many for each.
+    fn columns(&self, sums: usize) -> Columns {
+        let groups = if sums == self.channels { 1 } else { self.samples };
+        Columns { groups, rows: self.samples / groups.max(1) * self.per_sample, channels: self.channels }
+    }
+}

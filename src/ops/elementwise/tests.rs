@@ -1,0 +1,184 @@
+use super::*;
+use crate::ops::check;
+
+const SHAPES: [[usize; 4]; 4] = [[1, 1, 1, 1], [3, 5, 7, 33], [2, 1, 90, 200], [2, 130, 130, 3]];
+
+#[test]
+fn add_and_activate() {
+    for dims in SHAPES {
+        let (a, b) = (check::random(&dims, 1), check::random(&dims, 2));
+        let sum = check::on_batch(&a, |cx, a, first, count| add(cx, a, &b.narrow(first, count)?));
+        let expected: Vec<f64> = check::wide(&a).iter().zip(check::wide(&b)).map(|(a, b)| a + b).collect();
+        check::close(&sum, &dims, &expected, 1e-7);
+        // `add` of a tensor to itself reads it twice.
+        let twice: Vec<f64> = check::wide(&a).iter().map(|a| 2.0 * a).collect();
+        check::close(&add(&check::cx(), &a, &a).unwrap(), &dims, &twice, 1e-7);
+        let relu = check::on_batch(&a, |cx, a, _, _| activate(cx, a.clone(), Activation::LeakyRelu(0.2)));
+        let expected: Vec<f64> =
+            check::wide(&a).iter().map(|&v| check::activation(Activation::LeakyRelu(0.2), v)).collect();
+        check::close(&relu, &dims, &expected, 1e-7);
+    }
+    let cx = check::cx();
+    assert!(add(&cx, &check::random(&[2, 3], 1), &check::random(&[3, 2], 1)).is_err());
+}
+
+#[test]
+fn channels() {
+    for dims in SHAPES {
+        let [n, _, _, c] = dims;
+        let (x, s) = (check::random(&dims, 1), check::random(&[n, c], 2));
+        let b = check::cast(&check::random(&[n, c], 3), DType::F16);
+        let (wx, ws, wb) = (check::wide(&x), check::wide(&s), check::wide(&b));
+        let of = |i: usize| i / (wx.len() / n) * c + i % c;
+        let scaled = check::on_batch(&x, |cx, x, first, count| {
+            scale_channels(cx, x.clone(), &s.narrow(first, count)?)
+        });
+        let expected: Vec<f64> = wx.iter().enumerate().map(|(i, v)| v * ws[of(i)]).collect();
+        check::close(&scaled, &dims, &expected, 1e-7);
+        let affine = check::on_threads(|cx| affine_channels(cx, x.clone(), &s, &b));
+        let expected: Vec<f64> = wx.iter().enumerate().map(|(i, v)| v * ws[of(i)] + wb[of(i)]).collect();
+        check::close(&affine, &dims, &expected, 2e-7);
+        let (s, b) = (s.narrow(0, 1).unwrap(), b.narrow(0, 1).unwrap());
+        let affine = check::on_batch(&x, |cx, x, _, _| affine_channels(cx, x.clone(), &s, &b));
+        let expected: Vec<f64> = wx.iter().enumerate().map(|(i, v)| v * ws[i % c] + wb[i % c]).collect();
+        check::close(&affine, &dims, &expected, 2e-7);
+    }
+    let (cx, x) = (check::cx(), check::random(&[2, 3, 4], 1));
+    assert!(scale_channels(&cx, x.clone(), &check::random(&[4], 1)).is_err());
+    let address = x.bytes().as_ptr();
+    let y = scale_channels(&cx, x, &check::random(&[2, 4], 1)).unwrap();
+    assert_eq!(y.bytes().as_ptr(), address);
+}
+
+#[test]
+fn gradients_of_sums() {
+    for dims in [&[1usize, 1][..], &[2, 3, 5], &[17]] {
+        let inputs = [check::random(dims, 1), check::random(dims, 2)];
+        check::gradients(
+            &inputs,
+            |cx, x| add(cx, &x[0], &x[1]),
+            |x| x[0].iter().zip(&x[1]).map(|(a, b)| a + b).collect(),
+        );
+        check::gradients(
+            &inputs[..1],
+            |cx, x| add(cx, &x[0], &x[0]),
+            |x| x[0].iter().map(|a| 2.0 * a).collect(),
+        );
+    }
+    for [n, t, c] in [[1usize, 1usize, 1usize], [3, 4, 5]] {
+        check::gradients(
+            &[check::random(&[n, t, c], 1), check::random(&[t, c], 2)],
+            |cx, x| add_rows(cx, x[0].clone(), &x[1]),
+            |x| x[0].iter().enumerate().map(|(i, v)| v + x[1][i % (t * c)]).collect(),
+        );
+    }
+}
+
+#[test]
+fn gradients_of_activations() {
+    for activation in [
+        Activation::None,
+        Activation::Relu,
+        Activation::LeakyRelu(0.2),
+        Activation::LeakyRelu(-0.2),
+        Activation::Gelu,
+        Activation::QuickGelu,
+        Activation::Silu,
+        Activation::Sigmoid,
+    ] {
+        check::gradients(
+            &[check::random(&[3, 33], 5)],
+            |cx, x| activate(cx, x[0].clone(), activation),
+            |x| x[0].iter().map(|&v| check::activation(activation, v)).collect(),
+        );
+        // In place, where the input is nobody else's: the next op's gradient needs its own input all the same.
+        check::gradients(
+            &[check::random(&[2, 5], 6), check::random(&[2, 5], 7)],
+            |cx, x| activate(cx, activate(cx, add(cx, &x[0], &x[1])?, activation)?, Activation::Silu),
+            |x| {
+                let sums = x[0].iter().zip(&x[1]).map(|(a, b)| a + b);
+                sums.map(|v| check::activation(Activation::Silu, check::activation(activation, v))).collect()
+            },
+        );
+    }
+}
+
+#[test]
+fn gradients_of_channels() {
+    for [n, p, c] in [[1usize, 1usize, 1usize], [3, 4, 5], [2, 70, 2], [1, 3, 4]] {
+        let x = check::random(&[n, p, c], 1);
+        let of = |i: usize| i / (p * c) * c + i % c;
+        check::gradients(
+            &[x.clone(), check::random(&[n, c], 2)],
+            |cx, x| scale_channels(cx, x[0].clone(), &x[1]),
+            |x| x[0].iter().enumerate().map(|(i, v)| v * x[1][of(i)]).collect(),
+        );
+        for entries in [n, 1] {
+            let [scale, shift] = [3, 4].map(|seed| check::random(&[entries, c], seed));
+            let at = |i: usize| if entries == 1 { i % c } else { of(i) };
+            check::gradients(
+                &[x.clone(), check::cast(&scale, DType::F16), check::cast(&shift, DType::BF16)],
+                |cx, x| affine_channels(cx, x[0].clone(), &x[1], &x[2]),
+                |x| x[0].iter().enumerate().map(|(i, v)| v * x[1][at(i)] + x[2][at(i)]).collect(),
+            );
+            check::gradients(
+                &[x.clone(), shift.clone()],
+                |cx, x| affine_channels(cx, x[0].clone(), &scale, &x[1]),
+                |x| {
+                    let scale = check::wide(&scale);
+                    x[0].iter().enumerate().map(|(i, v)| v * scale[at(i)] + x[1][at(i)]).collect()
+                },
+            );
+            check::gradients(
+                &[x.clone(), check::random(&[entries, 2 * c], 5)],
+                |cx, x| modulate(cx, x[0].clone(), &x[1]),
+                |x| {
+                    let place = |i: usize| (at(i) / c * 2 * c) + i % c;
+                    let of = |(i, v): (usize, &f64)| v * (1.0 + x[1][place(i)]) + x[1][place(i) + c];
+                    x[0].iter().enumerate().map(of).collect()
+                },
+            );
+        }
+    }
+    // x as its own scale.
+    check::gradients(
+        &[check::random(&[3, 1, 4], 1)],
+        |cx, x| scale_channels(cx, x[0].clone(), &x[0]),
+        |x| x[0].iter().map(|v| v * v).collect(),
+    );
+}
+
+#[test]
+fn channel_gradients_do_not_depend_on_threads() {
+    let (x, m) = (check::random(&[3, 200, 40], 1), check::random(&[3, 80], 2));
+    for input in [0, 1] {
+        check::on_threads(|cx| {
+            let tape = crate::tensor::autograd::Tape::new();
+            let leaves = [&x, &m].map(|t| crate::tensor::autograd::leaf(t, 0));
+            let inputs = [0, 1].map(|i| if i == input { leaves[i].clone() } else { leaves[i].constant() });
+            let out = modulate(&tape.attach(cx), inputs[0].clone(), &inputs[1])?;
+            let mut found = crate::tensor::autograd::Gradients::default();
+            tape.backward(cx, &[(&out, check::random(out.dims(), 3))], &mut found)?;
+            Ok(found.take(0).unwrap())
+        });
+    }
+}
+
+#[test]
+fn what_is_not_tracked_is_not_kept() {
+    let cx = check::cx();
+    let tape = crate::tensor::autograd::Tape::new();
+    let recording = tape.attach(&cx);
+    let x = add(
+        &recording,
+        &crate::tensor::autograd::leaf(&check::random(&[2, 3, 4], 1), 0),
+        &check::random(&[2, 3, 4], 2),
+    );
+    let x = x.unwrap();
+    let address = x.bytes().as_ptr();
+    let x = scale_channels(&recording, x, &check::random(&[2, 4], 3)).unwrap();
+    let x = modulate(&recording, x, &check::random(&[1, 8], 4)).unwrap();
+    let x = activate(&recording, x, Activation::Relu).unwrap();
+    assert_eq!(x.bytes().as_ptr(), address, "copied though nothing needs the input");
+    assert!(x.tracked().is_some());
+}
