@@ -24,4 +24,11 @@ pub trait Reduce: Send + Sync + Debug {
     /// # Errors
     /// As [`Reduce::sum_f64`].
     fn sum_f32(&self, values: &mut [f32]) -> Result<()>;
+
+    /// Whether [`Reduce::sum_f32`] may run on one thread while [`Reduce::sum_f64`] runs on another, each in the same
+    /// order in all processes. Gradients are then summed while the backward pass, which needs statistics of the whole
+    /// batch, still runs.
+    fn concurrent(&self) -> bool {
+        false
+    }
 }

@@ -95,7 +95,7 @@ impl Model {
     /// `InvalidArgument` for no pictures, different sizes, or sides that do not divide by f.
     pub fn stage_a_encode(&self, images: &[&Image]) -> Result<Tensor> {
         common_size(images)?;
-        let Part { network, weights } = &self.decoder()?.stage_a;
+        let Part { network, weights, .. } = &self.decoder()?.stage_a;
         self.apart(|| {
             let cx = self.context();
             let encoded = network.encode(&cx, &to_pixels(&cx, images)?, Mode::Inference)?;

@@ -140,6 +140,6 @@ impl Trainer {
     }
 
     fn stage_name(&self) -> String {
-        format!("{:?}", self.options.stage)
+        format!("{:?}", self.options.goal)
     }
 }

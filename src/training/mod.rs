@@ -21,6 +21,6 @@ mod tasks;
 mod trainer;
 
 pub use average::Average;
-pub use options::{Adversary, Ema, Lora, TrainOptions};
+pub use options::{Adversary, Ema, Goal, Lora, TrainOptions};
 pub use tasks::Sample;
 pub use trainer::{Progress, TrainMetrics, Trainer};

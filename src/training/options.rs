@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use super::objectives::stage_c::TimeWeighting;
 use super::optimizer::AdamW;
 use crate::error::{Error, Result};
-use crate::pipeline::Stage;
 use crate::tensor::DType;
 
 /// The largest rate that is not a mistake.
@@ -14,6 +13,19 @@ const RATE_MAX: f32 = 10.0;
 const ACCUMULATION_MAX: u32 = 65_536;
 /// The largest rank of a LoRA adapter.
 const LORA_RANK_MAX: u32 = 4096;
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// The VQGAN.
+    StageA,
+    /// The token predictor, with the image encoder.
+    StageB,
+    /// The diffusion model of latents.
+    StageC,
+    /// The text tower and the image encoder's backbone as a contrastive pair, before all stages.
+    Pair,
+}
 
 /// The average of the weights over the steps, which is what is exported.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,11 +60,10 @@ pub struct Adversary {
     pub depth: u32,
 }
 
-/// How one stage is trained.
+/// How one part of a model is trained.
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
-    /// The stage.
-    pub(super) stage: Stage,
+    pub(super) goal: Goal,
     /// AdamW, warm-up, clipping.
     pub(super) optimizer: AdamW,
     /// Parts that a batch is cut into, one after the other.
@@ -85,12 +96,12 @@ pub struct TrainOptions {
 }
 
 impl TrainOptions {
-    /// The paper's values for a stage (section 4.1): AdamW at 1e-4, a warm-up of 10,000 steps, clipping at 1, an
+    /// The paper's values (section 4.1): AdamW at 1e-4, a warm-up of 10,000 steps, clipping at 1, an
     /// average over every 100th step that starts at step 5,000.
-    pub fn new(stage: Stage) -> Self {
-        let second = if stage == Stage::B { 0.95 } else { 0.999 };
+    pub fn new(goal: Goal) -> Self {
+        let second = if goal == Goal::StageB { 0.95 } else { 0.999 };
         TrainOptions {
-            stage,
+            goal,
             optimizer: AdamW {
                 learning_rate: 1e-4,
                 betas: [0.9, second],
@@ -117,9 +128,9 @@ impl TrainOptions {
         }
     }
 
-    /// The stage.
-    pub fn stage(&self) -> Stage {
-        self.stage
+    /// What is trained.
+    pub fn goal(&self) -> Goal {
+        self.goal
     }
 
     /// The rate after the warm-up.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::average::Average;
 use super::draws::Draws;
 use super::optimizer::{self, Moments, clip_factor, gradient_norm};
-use super::options::TrainOptions;
+use super::options::{Goal, TrainOptions};
 use super::parameters::Parameters;
 use super::reduction::Reduction;
 use super::tasks::stage_b::StageBTask;
@@ -16,7 +16,7 @@ use crate::device::{CancelToken, Context, Reduce};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::nn::RunningUpdate;
-use crate::pipeline::{LogLevel, Model, Stage};
+use crate::pipeline::{LogLevel, Model};
 use crate::tensor::autograd::Gradients;
 
 /// What lists of a step (names, nodes of the tape) take in memory beside its tensors, at worst.
@@ -76,10 +76,10 @@ impl Trainer {
     fn new_here(base: &Model, options: &TrainOptions) -> Result<Self> {
         let cx = Context::new(base.device());
         let mut parameters = Parameters::default();
-        let task: Box<dyn Task> = match options.stage {
-            Stage::C => Box::new(StageCTask::new(&cx, base, &mut parameters)?),
-            Stage::B => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
-            Stage::A => return Err(Error::unsupported("training Stage A", "not yet")),
+        let task: Box<dyn Task> = match options.goal {
+            Goal::StageC => Box::new(StageCTask::new(&cx, base, &mut parameters)?),
+            Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
+            goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
         };
         let average = Average::new(&parameters)?;
         let mut trainer = Trainer {

@@ -106,7 +106,7 @@ impl<'a> TokenWalk<'a> {
         step: TokenStep,
         uniforms: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Part { network, weights } = self.part;
+        let Part { network, weights, .. } = self.part;
         let stage_a = &self.decoder.stage_a;
         let modulations = self.modulations.at(step.step)?;
         let (conditional, unconditional) = guided.run(self.cx, tokens, |tokens, attended| {

@@ -1,8 +1,6 @@
 //! How each stage's batch is prepared, drawn and learnt from. A task holds its networks over the trainer's
 //! parameters; the trainer does what is alike for all.
 
-pub(super) mod pair;
-pub(super) mod stage_a;
 pub(super) mod stage_b;
 pub(super) mod stage_c;
 
