@@ -62,7 +62,7 @@ pub(super) struct Measured {
 }
 
 /// What a trainer trains.
-pub(super) trait Task: Send {
+pub(super) trait Task: Send + Sync {
     /// Everything about pictures of one size and their captions that does not change from epoch to epoch.
     ///
     /// # Errors
