@@ -74,6 +74,7 @@ pub mod pipeline;
 pub mod stages;
 pub mod tensor;
 pub mod text;
+pub mod training;
 pub mod weights;
 
 pub use device::{CancelToken, Context, Device};

@@ -1,0 +1,3 @@
+//! Training the networks.
+
+pub mod data;
