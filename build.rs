@@ -12,7 +12,7 @@ use std::{env, fs};
 const ABI: u32 = 0;
 
 /// The nouns, in the header's order: each is a file of src/capi. What a noun uses is declared above it.
-const NOUNS: [(&str, &str); 10] = [
+const NOUNS: [(&str, &str); 16] = [
     ("version", "Version"),
     ("error", "Statuses and errors"),
     ("device", "Devices"),
@@ -23,6 +23,12 @@ const NOUNS: [(&str, &str); 10] = [
     ("generate", "Prompt to picture"),
     ("job", "Jobs: runs in the background, for game loops"),
     ("stages", "Stage by stage: what the paper's figures show"),
+    ("train_options", "Training: what and how"),
+    ("samples", "Training: prepared pictures and captions"),
+    ("trainer", "Training: steps, checkpoints, export"),
+    ("loader_options", "Training data: where from and how"),
+    ("batch", "Training data: batches"),
+    ("loader", "Training data: pictures with captions from folders and WebDataset shards, decoded ahead"),
 ];
 
 type Failure = Box<dyn std::error::Error>;

@@ -240,6 +240,24 @@ impl<T: Handle> Out for HandleOut<T> {
     }
 }
 
+/// A new handle, or NULL.
+pub(super) struct MaybeOut<T>(pub(super) HandleOut<T>);
+
+impl<T: Handle> Out for MaybeOut<T> {
+    type Value = Option<T>;
+    unsafe fn clear(&self) {
+        // SAFETY: as the caller of this function promises.
+        unsafe { self.0.clear() }
+    }
+    fn check(&self) -> Result<()> {
+        self.0.check()
+    }
+    unsafe fn write(&self, value: Option<T>) -> Result<()> {
+        // SAFETY: as the caller of this function promises; nothing leaves the NULL of `clear`.
+        value.map_or(Ok(()), |value| unsafe { self.0.write(value) })
+    }
+}
+
 /// A flag or number.
 pub(super) struct ValueOut<T>(pub(super) &'static str, pub(super) *mut T);
 

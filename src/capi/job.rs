@@ -35,7 +35,7 @@ impl Handle for wst_job {
 }
 
 /// A number for the thread that runs; never 0.
-fn this_thread() -> usize {
+pub(super) fn this_thread() -> usize {
     // SAFETY: has no preconditions.
     unsafe { libc::pthread_self() as usize }
 }

@@ -13,6 +13,8 @@
 mod axes;
 mod boundary;
 mod hook;
+mod host_reduce;
+mod lists;
 
 pub mod version;
 
@@ -33,3 +35,15 @@ pub mod generate;
 pub mod job;
 
 pub mod stages;
+
+pub mod train_options;
+
+pub mod samples;
+
+pub mod trainer;
+
+pub mod loader_options;
+
+pub mod batch;
+
+pub mod loader;

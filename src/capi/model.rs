@@ -273,7 +273,7 @@ pub unsafe extern "C" fn wst_model_options_set_log(
     }
 }
 
-type LogFunction = unsafe extern "C" fn(wst_log_level, *const c_char, *mut c_void);
+pub(super) type LogFunction = unsafe extern "C" fn(wst_log_level, *const c_char, *mut c_void);
 
 fn forward_log(callback: &Callback<LogFunction>, level: LogLevel, text: &str) {
     let number = LOG_LEVELS.iter().position(|(_, l)| *l == level).unwrap_or(0);

@@ -3,15 +3,13 @@
 use std::ffi::c_char;
 
 use super::axes::{floats, result, tokens_or_floats};
-use super::boundary::{HandleOut, boundary, enum_in, handle_in, handles_in, optional_in, slice_in, text_in};
+use super::boundary::{HandleOut, boundary, enum_in, handle_in, optional_in, text_in};
 use super::error::{wst_error, wst_status};
 use super::generate::{STAGES, wst_generate_options, wst_stage};
 use super::image::wst_image;
+use super::lists::{texts_in, with_images};
 use super::model::wst_model;
 use super::tensor::wst_tensor;
-use crate::error::{Error, Result};
-use crate::image::Image;
-use crate::tensor::Tensor;
 
 /// The token numbers of `text` as stage `for_stage` sees it: I64 [tokens]. The stages of a v1 model share a tokenizer.
 ///
@@ -55,39 +53,10 @@ pub unsafe extern "C" fn wst_encode_text(
         boundary("wst_encode_text", error, HandleOut("hidden", hidden), |call| {
             let model = call.handle("model", model)?;
             let stage = enum_in("for_stage", for_stage, STAGES)?;
-            if count == 0 {
-                return Err(Error::argument("count", "at least 1", 0));
-            }
-            let pointers = slice_in(("texts", texts), ("count", count))?;
-            let mut texts = reserved("texts", count)?;
-            for (i, &text) in pointers.iter().enumerate() {
-                texts.push(text_in(&format!("texts[{i}]"), text)?);
-            }
+            let texts = texts_in("texts", texts, count)?;
             result(model.model.encode_text(stage, &texts)?)
         })
     }
-}
-
-fn reserved<T>(name: &str, count: usize) -> Result<Vec<T>> {
-    let mut list = Vec::new();
-    list.try_reserve_exact(count).map_err(|_| Error::out_of_memory(name, count * size_of::<T>()))?;
-    Ok(list)
-}
-
-/// Calls `encode` with an array of pictures.
-///
-/// # Safety
-/// As [`handles_in`].
-unsafe fn with_images(
-    images: *const *const wst_image,
-    count: usize,
-    encode: impl FnOnce(&[&Image]) -> Result<Tensor>,
-) -> Result<wst_tensor> {
-    // SAFETY: as the caller of this function promises.
-    let kept = unsafe { handles_in("images", images, count)? };
-    let mut images = reserved("images", count)?;
-    images.extend(kept.iter().map(|image| &image.image));
-    result(encode(&images)?)
 }
 
 /// What Stage C's latents of pictures are, by the image encoder, as Stage B takes them: [N, 16, h, w].
@@ -107,7 +76,7 @@ pub unsafe extern "C" fn wst_encode_image(
     unsafe {
         boundary("wst_encode_image", error, HandleOut("latents", latents), |call| {
             let model = call.handle("model", model)?;
-            with_images(images, count, |images| model.model.encode_image(images))
+            with_images(images, count, |images| result(model.model.encode_image(images)?))
         })
     }
 }
@@ -129,7 +98,7 @@ pub unsafe extern "C" fn wst_stage_a_encode(
     unsafe {
         boundary("wst_stage_a_encode", error, HandleOut("tokens", tokens), |call| {
             let model = call.handle("model", model)?;
-            with_images(images, count, |images| model.model.stage_a_encode(images))
+            with_images(images, count, |images| result(model.model.stage_a_encode(images)?))
         })
     }
 }

@@ -13,6 +13,7 @@ mod checkpoint;
 pub mod data;
 mod draws;
 mod export;
+mod feeding;
 pub mod objectives;
 pub mod optimizer;
 mod options;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::objectives::stage_c::TimeWeighting;
 use super::optimizer::AdamW;
+use crate::device::CancelToken;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -93,6 +94,7 @@ pub struct TrainOptions {
     pub(super) revive_codes: bool,
     /// The type of exported weights.
     pub(super) export_dtype: DType,
+    pub(super) cancel: Option<CancelToken>,
 }
 
 impl TrainOptions {
@@ -125,6 +127,7 @@ impl TrainOptions {
             perceptual: None,
             revive_codes: true,
             export_dtype: DType::F32,
+            cancel: None,
         }
     }
 
@@ -229,6 +232,11 @@ impl TrainOptions {
         expect_float("compute_dtype", dtype)?;
         self.compute_dtype = dtype;
         Ok(())
+    }
+
+    /// The token that stops what trainers with these options do, with `Cancelled`.
+    pub fn set_cancel(&mut self, cancel: Option<&CancelToken>) {
+        self.cancel = cancel.cloned();
     }
 
     /// Any option by name, for configuration files: those that have a setter, and

@@ -282,7 +282,11 @@ impl Trainer {
     }
 
     pub(super) fn context(&self) -> Context {
-        Context::new(self.model.device()).cancelled_by(&self.cancel)
+        let cx = Context::new(self.model.device()).cancelled_by(&self.cancel);
+        match &self.options.cancel {
+            Some(token) => cx.cancelled_by(token),
+            None => cx,
+        }
     }
 }
 

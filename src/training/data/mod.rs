@@ -55,6 +55,7 @@ mod names;
 mod options;
 mod order;
 mod record;
+mod settings;
 mod shards;
 mod source;
 
