@@ -1121,6 +1121,774 @@ wst_status wst_stage_c_sample(const wst_model *model,
                               wst_tensor **latents,
                               wst_error **error);
 
+/* Training: what and how
+ * ---------------------- */
+
+/** How a stage is trained. Exclusive while it is being set; a trainer has its own copy. */
+typedef struct wst_train_options wst_train_options;
+
+#define WST_STAGE_PAIR 3                  /**< In training only: the text tower and the image encoder as a contrastive pair, before all stages. */
+
+/**
+ * New options for training `stage`, that start from the paper's values for it.
+ *
+ * Owner: the caller frees `*out` with wst_train_options_free.
+ * Threads: any.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_new(wst_stage stage, wst_train_options **out, wst_error **error);
+
+/**
+ * The learning rate after the warm-up, 0 to 10.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_learning_rate(wst_train_options *options,
+                                               float rate,
+                                               wst_error **error);
+
+/**
+ * How slowly AdamW's averages of the gradient and of its square follow: each from 0 to below 1.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_betas(wst_train_options *options,
+                                       float beta1,
+                                       float beta2,
+                                       wst_error **error);
+
+/**
+ * AdamW's decay of the weights per unit of learning rate, 0 to 10.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_weight_decay(wst_train_options *options,
+                                              float decay,
+                                              wst_error **error);
+
+/**
+ * Steps over which the learning rate grows from 0; 0: none.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_warmup_steps(wst_train_options *options,
+                                              uint64_t steps,
+                                              wst_error **error);
+
+/**
+ * The largest norm of all gradients together: longer ones are scaled down to it. 0: never.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_grad_clip(wst_train_options *options, float norm, wst_error **error);
+
+/**
+ * Parts that each batch is cut into, run one after the other: the gradient of the whole batch in the memory that a
+ * part takes. 1 by default, 65536 at most.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_grad_accumulation(wst_train_options *options,
+                                                   uint32_t parts,
+                                                   wst_error **error);
+
+/**
+ * The average of the weights over the steps, which is what wst_trainer_export writes: a copy before step `start`, then
+ * decay * average + (1 - decay) * weights on every `every`-th step. A decay of 0 exports the weights themselves, as of
+ * the last such step.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_ema(wst_train_options *options,
+                                     float decay,
+                                     uint64_t start,
+                                     uint64_t every,
+                                     wst_error **error);
+
+/**
+ * How likely a caption is replaced by the empty one, 0 to 1: what classifier-free guidance needs.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_text_dropout(wst_train_options *options,
+                                              float probability,
+                                              wst_error **error);
+
+/**
+ * Where the random numbers of training come from; 0 by default. Same model, options, batches and seed: the same
+ * weights.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_seed(wst_train_options *options, uint64_t seed, wst_error **error);
+
+/**
+ * What the weights are rounded to for computing: WST_F32 (default), WST_F16 or WST_BF16. The optimiser keeps WST_F32,
+ * and so do activations and gradients.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_compute_dtype(wst_train_options *options,
+                                               wst_dtype dtype,
+                                               wst_error **error);
+
+/**
+ * The token that stops what trainers with these options do, with WST_CANCELLED; NULL: none (default).
+ *
+ * Owner: the options keep a reference to the token; the caller's may be freed at any time.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set_cancel(wst_train_options *options,
+                                        wst_cancel *cancel,
+                                        wst_error **error);
+
+/**
+ * Sets an option by name, for configuration files and scripting languages: those above ("learning_rate", "beta1",
+ * "ema_decay", …) and those without a function of their own; the message for an unknown key lists all. "test.panic"
+ * makes a call fail with WST_INTERNAL as a defect would, so that a host can test what it does then: this call with
+ * "caller" or "thread", a trainer's steps with "step".
+ *
+ * Owner: `key` and `value` are copied.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_train_options_set(wst_train_options *options,
+                                 const char *key,
+                                 const char *value,
+                                 wst_error **error);
+
+/**
+ * Frees options. Trainers that were made with them keep their own copy. NULL is a no-op.
+ *
+ * Owner: takes the options from the caller.
+ * Threads: any.
+ * Errors: none.
+ */
+void wst_train_options_free(wst_train_options *options);
+
+/* Training: prepared pictures and captions
+ * ---------------------------------------- */
+
+/**
+ * Pictures and captions as far as they stay the same from epoch to epoch: latents and tokens of frozen networks,
+ * resized pixels. A list; exclusive while it is being changed.
+ */
+typedef struct wst_samples wst_samples;
+
+/**
+ * How many samples there are; 0 for NULL.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any; waits while another thread changes the list.
+ * Errors: none.
+ */
+size_t wst_samples_count(const wst_samples *samples);
+
+/**
+ * Adds the samples of `from` at the end of `to`. The two share them: that costs a list, no pictures.
+ *
+ * Owner: nothing changes hands; `from` stays as it is and may be freed.
+ * Threads: one at a time per `to`.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_samples_append(wst_samples *to, const wst_samples *from, wst_error **error);
+
+/**
+ * Frees samples. NULL is a no-op.
+ *
+ * Owner: takes the samples from the caller.
+ * Threads: any.
+ * Errors: none.
+ */
+void wst_samples_free(wst_samples *samples);
+
+/* Training: steps, checkpoints, export
+ * ------------------------------------ */
+
+/** A stage of a model in training. The model itself is not changed: wst_trainer_export writes another. */
+typedef struct wst_trainer wst_trainer;
+
+/**
+ * Puts in the place of each of `count` numbers its sum over all ranks, the same bits in each. `is_double`: 1 for
+ * double, 0 for float. All ranks make the same calls in the same order. It must not unwind (C++: not throw, Go:
+ * recover).
+ *
+ * Owner: `values` is valid during the call.
+ * Threads: called on the thread that called the step.
+ * Errors: anything but 0 ends the step with WST_IO, and nothing has changed.
+ */
+typedef int32_t (*wst_sum_fn)(void *values, size_t count, int32_t is_double, void *user_data);
+
+/** What one step showed. Set `struct_size` to `sizeof(wst_train_metrics)` before the call. */
+typedef struct wst_train_metrics {
+    /** The size that the caller was compiled with, in bytes. */
+    uint32_t struct_size;
+    /** 1: the loss or a gradient was not finite, and nothing was changed. */
+    int32_t skipped;
+    /** The number of the step, counted from 1. */
+    uint64_t step;
+    /** Of the whole batch, over all ranks, before the update. */
+    float loss;
+    /** The norm of all gradients together, before clipping. */
+    float grad_norm;
+    /** The learning rate of this step. */
+    float learning_rate;
+    /** Stage B: the share of tokens that were found. A pair: the share of texts. 0 elsewhere. */
+    float token_accuracy;
+} wst_train_metrics;
+
+/** Where training stands. Set `struct_size` to `sizeof(wst_train_progress)` before the call. */
+typedef struct wst_train_progress {
+    /** The size that the caller was compiled with, in bytes. */
+    uint32_t struct_size;
+    /** 0. */
+    uint32_t reserved;
+    /** Steps taken, skipped ones included. */
+    uint64_t step;
+    /** Steps that changed nothing, since a loss or gradient was not finite. */
+    uint64_t skipped;
+    /** Samples seen by all ranks together. */
+    uint64_t samples;
+} wst_train_progress;
+
+/**
+ * Begins training the options' stage of `base`, from its weights. The trainer holds the weights in training as
+ * WST_F32, with two more numbers for each from the first step on, and their average.
+ *
+ * Owner: the caller frees `*out` with wst_trainer_free; it keeps the model alive and copies the options.
+ * Threads: any.
+ * Errors: WST_INVALID_ARGUMENT; WST_UNSUPPORTED if the model lacks a part that the stage learns from; WST_IO and
+ * WST_FORMAT for files that the options name; WST_OUT_OF_MEMORY, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_new(const wst_model *base,
+                           const wst_train_options *options,
+                           wst_trainer **out,
+                           wst_error **error);
+
+/**
+ * Joins the other processes that train the same stage with the same options, `ranks` of them in all, each on its own
+ * part of every batch, all parts of one size: the library calls `sum` for gradients and statistics. To be called
+ * before the first step. 1 of `ranks` is training alone again, and needs no `sum`.
+ *
+ * Owner: the caller keeps `user_data` alive until the trainer is freed or given another function.
+ * Threads: one at a time per trainer; `sum` is called on the thread that calls a step.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_set_reduce(wst_trainer *trainer,
+                                  uint32_t rank,
+                                  uint32_t ranks,
+                                  wst_sum_fn sum,
+                                  void *user_data,
+                                  wst_error **error);
+
+/**
+ * One step of the optimiser over `count` pictures of one size and their captions. Everything that a frozen network
+ * makes of them is made anew in every call; wst_trainer_prepare keeps it. A loss or gradient that is not finite skips
+ * the step.
+ *
+ * Owner: nothing changes hands; `out` is filled up to its `struct_size`.
+ * Threads: one at a time per trainer.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_IO from the sum over ranks, WST_BUSY;
+ * after each of them nothing has changed.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_step(wst_trainer *trainer,
+                            const wst_image *const *images,
+                            const char *const *captions,
+                            size_t count,
+                            wst_train_metrics *out,
+                            wst_error **error);
+
+/**
+ * Makes of `count` pictures of one size and their captions what stays the same from epoch to epoch: latents and
+ * tokens of frozen networks, resized pixels. Steps over samples save that work. They serve any trainer of the same
+ * model and options.
+ *
+ * Owner: the caller frees `*out` with wst_samples_free.
+ * Threads: any, several at once per trainer, but not during a step.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_DEVICE, WST_CANCELLED, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_prepare(const wst_trainer *trainer,
+                               const wst_image *const *images,
+                               const char *const *captions,
+                               size_t count,
+                               wst_samples **out,
+                               wst_error **error);
+
+/**
+ * Gives sample number `index` another caption; its picture is not looked at again.
+ *
+ * Owner: `caption` is copied.
+ * Threads: one at a time per `samples`, and not during a step of the trainer.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_CANCELLED, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_recaption(const wst_trainer *trainer,
+                                 wst_samples *samples,
+                                 size_t index,
+                                 const char *caption,
+                                 wst_error **error);
+
+/**
+ * One step of the optimiser over prepared samples, picked by their numbers; a `count` of 0 takes all, in order.
+ *
+ * Owner: nothing changes hands; `out` is filled up to its `struct_size`.
+ * Threads: one at a time per trainer; `samples` may be used by several, but not changed meanwhile.
+ * Errors: as wst_trainer_step; WST_INVALID_ARGUMENT also for samples that another stage prepared.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_step_samples(wst_trainer *trainer,
+                                    const wst_samples *samples,
+                                    const size_t *indices,
+                                    size_t count,
+                                    wst_train_metrics *out,
+                                    wst_error **error);
+
+/**
+ * Says where training stands.
+ *
+ * Owner: `out` is filled up to its `struct_size`.
+ * Threads: any, several at once, but not during a step.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_progress(const wst_trainer *trainer,
+                                wst_train_progress *out,
+                                wst_error **error);
+
+/**
+ * Writes a checkpoint: everything that the next step depends on, with where the data loader stands if steps came from
+ * one. The folder is replaced as a whole: a crash or an error at any moment leaves the old checkpoint or the new one.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per trainer.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_OUT_OF_MEMORY, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_save(wst_trainer *trainer, const char *directory, wst_error **error);
+
+/**
+ * Takes up a checkpoint of the same stage and model: with the same options and batches, the steps that follow are those
+ * that would have followed the save, bit for bit on the same device.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per trainer.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_OUT_OF_MEMORY, WST_BUSY; WST_FORMAT, naming the file and the tensor or
+ * field, for a checkpoint of something else. After an error the trainer is as it was.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_load(wst_trainer *trainer,
+                            const char *directory,
+                            wst_error **error);
+
+/**
+ * Writes the model with the averaged weights of what was trained, as a folder that wst_model_open takes; everything
+ * else is copied from the model that training began with. The folder is replaced as a whole.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any, several at once, but not during a step.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_UNSUPPORTED, WST_OUT_OF_MEMORY, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_export(const wst_trainer *trainer,
+                              const char *model_directory,
+                              wst_error **error);
+
+/**
+ * Frees a trainer. A step that runs on another thread is cancelled, ends with WST_CANCELLED, and is waited for. NULL is
+ * a no-op. The function that sums over ranks cannot free the trainer that called it: there the call only cancels, and
+ * the trainer is to be freed elsewhere.
+ *
+ * Owner: takes the trainer from the caller.
+ * Threads: any.
+ * Errors: none.
+ */
+void wst_trainer_free(wst_trainer *trainer);
+
+/* Training data: where from and how
+ * --------------------------------- */
+
+/** Which pictures and captions a loader gives, and how. Exclusive while it is being set; a loader has its own copy. */
+typedef struct wst_loader_options wst_loader_options;
+
+/** Which square of a picture that is not one is kept. */
+typedef int32_t wst_crop;
+#define WST_CROP_CENTRE 0                 /**< The middle. */
+#define WST_CROP_RANDOM 1                 /**< Any, each as likely. */
+
+/** How often the data are gone through. */
+typedef int32_t wst_passes;
+#define WST_PASSES_ONE 0                  /**< Once; the last batch may be smaller. */
+#define WST_PASSES_ENDLESS 1              /**< Again and again. Batches are always full: one may hold the end of an epoch and the start of the next. */
+
+/**
+ * New options for everything at `path`: a folder of pictures (PNG, JPEG, WebP), each with its caption in a .txt file of
+ * the same name beside it; a folder with captions.jsonl or metadata.jsonl, as Hugging Face's imagefolder has it;
+ * WebDataset shards, a .tar file, a folder of them, or a pattern such as "shards/{00000..00012}.tar". They start as:
+ * squares of 512 pixels cut at random, not mirrored, in batches of 16, shuffled with seed 0, endless.
+ *
+ * Owner: the caller frees `*out` with wst_loader_options_free.
+ * Threads: any.
+ * Errors: WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY. The path is looked at by wst_loader_open.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_new(const char *path,
+                                  wst_loader_options **out,
+                                  wst_error **error);
+
+/**
+ * Adds a path of the same kind as the first: folders or shards. All together are one data set.
+ *
+ * Owner: `path` is copied.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_add_path(wst_loader_options *options,
+                                       const char *path,
+                                       wst_error **error);
+
+/**
+ * The side of the pictures in pixels, 1 to 4096: each is resized, bicubic and antialiased, so that its shorter side has
+ * this many, and then cut to a square.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_side(wst_loader_options *options,
+                                       uint32_t side,
+                                       wst_error **error);
+
+/**
+ * Which square of a picture is kept.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_crop(wst_loader_options *options, wst_crop crop, wst_error **error);
+
+/**
+ * How likely a picture is mirrored, left to right, 0 to 1.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_flip(wst_loader_options *options,
+                                       float probability,
+                                       wst_error **error);
+
+/**
+ * Pictures per batch, 1 to 65536.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_batch_size(wst_loader_options *options,
+                                             uint32_t pictures,
+                                             wst_error **error);
+
+/**
+ * How many records of shards are put into an order of chance together, rounded up to whole shards; 10000 by default.
+ * 0: everything comes in its own order. Folders are shuffled as a whole, whatever the number.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_shuffle(wst_loader_options *options,
+                                          uint32_t buffer,
+                                          wst_error **error);
+
+/**
+ * What order, crops and flips follow from; 0 by default. The same for all ranks.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_seed(wst_loader_options *options, uint64_t seed, wst_error **error);
+
+/**
+ * How often the data are gone through; WST_PASSES_ENDLESS by default.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_passes(wst_loader_options *options,
+                                         wst_passes passes,
+                                         wst_error **error);
+
+/**
+ * Threads that read and decode, 1 to 256; 2 by default. They change no batch.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_threads(wst_loader_options *options,
+                                          uint32_t threads,
+                                          wst_error **error);
+
+/**
+ * Which share of the records this loader gives, for training in several processes: number `rank` of `ranks` disjoint
+ * ones that together are everything.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_rank(wst_loader_options *options,
+                                       uint32_t rank,
+                                       uint32_t ranks,
+                                       wst_error **error);
+
+/**
+ * Tells `fn`, as warnings, of every record that is skipped and why; NULL: nobody (default). It must not free the loader.
+ *
+ * Owner: the caller keeps `user_data` alive until the loaders with these options are freed.
+ * Threads: one at a time per options; `fn` is called on the thread that asks for a batch or steps from the loader.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set_log(wst_loader_options *options,
+                                      wst_log_fn fn,
+                                      void *user_data,
+                                      wst_error **error);
+
+/**
+ * Sets an option by name, for configuration files and scripting languages: those above ("side", "crop", …), "prefetch",
+ * and the bounds on metadata that the authors filtered by: "filter" with "authors" sets all, "min_size", "max_size",
+ * "max_pwatermark", "min_aesthetic" and "max_unsafe" one; the message for an unknown key lists all.
+ *
+ * Owner: `key` and `value` are copied.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_options_set(wst_loader_options *options,
+                                  const char *key,
+                                  const char *value,
+                                  wst_error **error);
+
+/**
+ * Frees options. Loaders that were opened with them keep their own copy. NULL is a no-op.
+ *
+ * Owner: takes the options from the caller.
+ * Threads: any.
+ * Errors: none.
+ */
+void wst_loader_options_free(wst_loader_options *options);
+
+/* Training data: batches
+ * ---------------------- */
+
+/** Pictures of one size with their captions. Immutable. */
+typedef struct wst_batch wst_batch;
+
+/**
+ * How many pictures there are; 0 for NULL.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any.
+ * Errors: none.
+ */
+size_t wst_batch_count(const wst_batch *batch);
+
+/**
+ * The pictures, as wst_trainer_step takes them. NULL for NULL.
+ *
+ * Owner: the array and the pictures belong to the batch and end with it.
+ * Threads: any.
+ * Errors: none.
+ */
+const wst_image *const *wst_batch_images(const wst_batch *batch);
+
+/**
+ * The caption of each picture, without white space around it, as wst_trainer_step takes them. NULL for NULL.
+ *
+ * Owner: the array and the texts belong to the batch and end with it.
+ * Threads: any.
+ * Errors: none.
+ */
+const char *const *wst_batch_captions(const wst_batch *batch);
+
+/**
+ * The name of each picture: its path within the folder, or "shard.tar/key". NULL for NULL.
+ *
+ * Owner: the array and the texts belong to the batch and end with it.
+ * Threads: any.
+ * Errors: none.
+ */
+const char *const *wst_batch_keys(const wst_batch *batch);
+
+/**
+ * Frees a batch. NULL is a no-op.
+ *
+ * Owner: takes the batch from the caller.
+ * Threads: any.
+ * Errors: none.
+ */
+void wst_batch_free(wst_batch *batch);
+
+/* Training data: pictures with captions from folders and WebDataset shards, decoded ahead
+ * --------------------------------------------------------------------------------------- */
+
+/** A stream of batches, decoded ahead on threads of its own, in an order that is taken up again to the bit. */
+typedef struct wst_loader wst_loader;
+
+/** Where a loader stands and what it left out. Set `struct_size` to `sizeof(wst_loader_info_t)` before the call. */
+typedef struct wst_loader_info_t {
+    /** The size that the caller was compiled with, in bytes. */
+    uint32_t struct_size;
+    /** 0. */
+    uint32_t reserved;
+    /** Epochs that are behind. */
+    uint64_t epoch;
+    /** Skipped: the picture or the caption cannot be read. */
+    uint64_t unreadable;
+    /** Skipped: kept out by their metadata. */
+    uint64_t filtered;
+    /** Skipped: without a caption. */
+    uint64_t no_caption;
+    /** Shards that are not whole, once for each time that one was looked through; the records before the damage are used. */
+    uint64_t damaged_shards;
+} wst_loader_info_t;
+
+/**
+ * Opens the data set and starts decoding, from the beginning.
+ *
+ * Owner: the caller frees `*out` with wst_loader_free; the options are copied.
+ * Threads: any.
+ * Errors: WST_IO for a path that is not there; WST_FORMAT, naming the path, if there is nothing to train with;
+ * WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_open(const wst_loader_options *options,
+                           wst_loader **out,
+                           wst_error **error);
+
+/**
+ * The next batch; `*out` is NULL after the last one of a single pass. Damaged records and those without a caption are
+ * skipped and counted.
+ *
+ * Owner: the caller frees `*out` with wst_batch_free.
+ * Threads: one at a time per loader.
+ * Errors: WST_FORMAT if no record of a whole epoch could be used; WST_IO, WST_INVALID_ARGUMENT, WST_OUT_OF_MEMORY,
+ * WST_BUSY. After one of the data every call gives it again.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_next(wst_loader *loader, wst_batch **out, wst_error **error);
+
+/**
+ * Goes on where the data stood when the checkpoint was saved that `trainer` loaded last; from the beginning if it holds
+ * no such place. The loader needs the same data, seed, shuffling and rank as the one then: each rank resumes from a
+ * checkpoint of its own.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per loader, and not during a step of the trainer.
+ * Errors: as wst_loader_open; WST_INVALID_ARGUMENT also for a place in other data.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_resume(wst_loader *loader,
+                             const wst_trainer *trainer,
+                             wst_error **error);
+
+/**
+ * Says where a loader stands and what it left out.
+ *
+ * Owner: `out` is filled up to its `struct_size`.
+ * Threads: any, several at once, but not during a call that takes a batch.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_loader_info(const wst_loader *loader, wst_loader_info_t *out, wst_error **error);
+
+/**
+ * Frees a loader and ends its threads. NULL is a no-op.
+ *
+ * Owner: takes the loader from the caller; its batches stay.
+ * Threads: any.
+ * Errors: none.
+ */
+void wst_loader_free(wst_loader *loader);
+
+/**
+ * One step over the loader's next batch. Checkpoints then hold where the loader stands. `*end` becomes 1, without a
+ * step, after the last batch of a single pass.
+ *
+ * Owner: nothing changes hands; `out` is filled up to its `struct_size`.
+ * Threads: one at a time per trainer and per loader.
+ * Errors: as wst_loader_next and wst_trainer_step. A batch whose step failed is not given again.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_step_from(wst_trainer *trainer,
+                                 wst_loader *loader,
+                                 wst_train_metrics *out,
+                                 int32_t *end,
+                                 wst_error **error);
+
+/**
+ * Lets checkpoints of `trainer` hold where `loader` stands now, for steps over batches that wst_loader_next gave.
+ *
+ * Owner: nothing changes hands.
+ * Threads: one at a time per trainer.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_follow(wst_trainer *trainer, const wst_loader *loader, wst_error **error);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif
