@@ -65,7 +65,8 @@ impl HostReduce {
             |say: &(dyn Fn(Request) + Sync)| {
                 let say: *const (dyn Fn(Request) + Sync + '_) = say;
                 // SAFETY: only the lifetime changes; the place is empty again before `say` ends.
-                let ask = Ask(unsafe { std::mem::transmute::<*const _, *const (dyn Fn(Request) + Sync)>(say) });
+                let ask =
+                    Ask(unsafe { std::mem::transmute::<*const _, *const (dyn Fn(Request) + Sync)>(say) });
                 let _lent = Lent::new(&self.asking, ask);
                 step()
             },

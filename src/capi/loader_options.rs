@@ -28,8 +28,7 @@ pub const WST_PASSES_ONE: wst_passes = 0;
 /// Again and again. Batches are always full: one may hold the end of an epoch and the start of the next.
 pub const WST_PASSES_ENDLESS: wst_passes = 1;
 
-const PASSES: &[(&str, Passes)] =
-    &[("WST_PASSES_ONE", Passes::One), ("WST_PASSES_ENDLESS", Passes::Endless)];
+const PASSES: &[(&str, Passes)] = &[("WST_PASSES_ONE", Passes::One), ("WST_PASSES_ENDLESS", Passes::Endless)];
 
 /// Which pictures and captions a loader gives, and how. Exclusive while it is being set; a loader has its own copy.
 pub struct wst_loader_options {

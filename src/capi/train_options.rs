@@ -216,7 +216,9 @@ pub unsafe extern "C" fn wst_train_options_set_ema(
 ) -> wst_status {
     // SAFETY: the pointers are NULL or as the header asks.
     unsafe {
-        change("wst_train_options_set_ema", options, error, |o| o.options.set_ema(Ema { decay, start, every }))
+        change("wst_train_options_set_ema", options, error, |o| {
+            o.options.set_ema(Ema { decay, start, every })
+        })
     }
 }
 

@@ -327,9 +327,7 @@ pub unsafe extern "C" fn wst_trainer_recaption(
             let trainer = call.handle("trainer", trainer)?;
             let samples = call.handle("samples", samples)?;
             let caption = text_in("caption", caption)?;
-            trainer.shared(call, |trainer| {
-                samples.change(index, |sample| trainer.recaption(sample, caption))
-            })
+            trainer.shared(call, |trainer| samples.change(index, |sample| trainer.recaption(sample, caption)))
         })
     }
 }

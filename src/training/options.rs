@@ -15,6 +15,13 @@ const ACCUMULATION_MAX: u32 = 65_536;
 /// The largest rank of a LoRA adapter.
 const LORA_RANK_MAX: u32 = 4096;
 
+/// The names of all options, for the message about one that is none.
+const KEYS: &str = "one of learning_rate, weight_decay, warmup_steps, grad_clip, grad_accumulation, text_dropout, \
+                    seed, compute_dtype, beta1, beta2, adam_eps, ema_decay, ema_start, ema_every, recompute, \
+                    p2_weighting, image_dropout, image_noise, train_encoder, lora_rank, lora_alpha, \
+                    adversary_start, adversary_weight, adversary_channels, adversary_depth, perceptual, \
+                    revive_codes, export_dtype";
+
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Goal {
@@ -286,7 +293,7 @@ impl TrainOptions {
             "perceptual" => self.perceptual = (!value.is_empty()).then(|| value.into()),
             "revive_codes" => self.revive_codes = parsed(key, value)?,
             "export_dtype" => self.export_dtype = dtype(key, value)?,
-            _ => return Err(Error::argument("key", "the name of a training option", format!("{key:?}"))),
+            _ => return Err(Error::argument("training option", KEYS, format!("{key:?}"))),
         }
         Ok(())
     }

@@ -48,10 +48,18 @@ static void frees_of_null(void) {
     wst_generate_options_free(NULL);
     wst_job_cancel(NULL);
     wst_job_free(NULL);
+    wst_train_options_free(NULL);
+    wst_samples_free(NULL);
+    wst_trainer_free(NULL);
+    wst_loader_options_free(NULL);
+    wst_batch_free(NULL);
+    wst_loader_free(NULL);
     CHECK(wst_image_width(NULL) == 0 && wst_image_height(NULL) == 0 && wst_image_data(NULL) == NULL);
     CHECK(wst_tensor_dtype(NULL) == -1 && wst_tensor_rank(NULL) == 0 && wst_tensor_shape(NULL) == NULL);
     CHECK(wst_tensor_data(NULL) == NULL && wst_tensor_nbytes(NULL) == 0);
-    CHECK(wst_generate_options_image_count(NULL) == 0);
+    CHECK(wst_generate_options_image_count(NULL) == 0 && wst_samples_count(NULL) == 0);
+    CHECK(wst_batch_count(NULL) == 0 && wst_batch_images(NULL) == NULL);
+    CHECK(wst_batch_captions(NULL) == NULL && wst_batch_keys(NULL) == NULL);
 }
 
 static void devices(void) {

@@ -18,7 +18,9 @@ impl DataOptions {
     pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
         match key {
             "side" => self.set_side(parsed(key, value)?)?,
-            "crop" => self.set_crop(named(key, value, &[("centre", Crop::Centre), ("random", Crop::Random)])?),
+            "crop" => {
+                self.set_crop(named(key, value, &[("centre", Crop::Centre), ("random", Crop::Random)])?)
+            }
             "flip" => self.set_flip(parsed(key, value)?)?,
             "batch_size" => self.set_batch_size(parsed(key, value)?)?,
             "shuffle" => {
@@ -80,8 +82,8 @@ mod tests {
     #[test]
     fn every_key_is_listed_and_set() {
         let values = [
-            "96", "centre", "0.5", "4", "false", "100", "7", "one", "3", "5", "1/2", "authors", "64", "512", "0.5",
-            "4.5", "0.9",
+            "96", "centre", "0.5", "4", "false", "100", "7", "one", "3", "5", "1/2", "authors", "64", "512",
+            "0.5", "4.5", "0.9",
         ];
         let keys: Vec<&str> = KEYS.trim_start_matches("one of ").split(", ").map(str::trim).collect();
         assert_eq!(keys.len(), values.len());
