@@ -19,6 +19,8 @@ pub mod pool;
 pub mod residual_mlp;
 pub mod resize;
 pub mod response_norm;
+pub mod scaled_residual;
+pub(crate) mod sums;
 pub mod token_choice;
 pub mod vector_quantize;
 pub mod widen;
