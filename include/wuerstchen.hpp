@@ -5,6 +5,13 @@
 //     options.add_prompt("a red apple").set_seed(7);
 //     model.generate(options).front().write_png("apple.png");
 //
+// A stage is trained with a Trainer, over pictures and captions at hand or from a Loader:
+//
+//     wst::Trainer trainer(model, wst::TrainOptions(WST_STAGE_C).set_learning_rate(1e-4f));
+//     wst::Loader loader(wst::LoaderOptions("pictures").set_side(512).set_batch_size(8));
+//     for (int i = 0; i < 1000; ++i) std::printf("%f\n", trainer.step(loader)->loss);
+//     trainer.export_model("models/trained");
+//
 // Handles are move-only and free themselves in any order. Callbacks are std::function and may throw: the run is
 // cancelled, and the exception comes out of the call (for a job: out of wait and images).
 #ifndef WUERSTCHEN_HPP
@@ -313,6 +320,7 @@ public:
 
 private:
     friend class GenerateOptions;
+    friend class Trainer;
     void open(const std::string &path, const wst_model_options *options) {
         wst_model *model = nullptr;
         detail::call(wst_model_open, detail::c_str("path", path), options, &model);
@@ -506,6 +514,266 @@ private:
     // Last: freed first, so that what its thread uses is still there.
     detail::Handle<wst_job, wst_job_free> job_;
 };
+
+/// How a stage is trained; starts from the paper's values for it.
+class TrainOptions {
+public:
+    explicit TrainOptions(wst_stage stage) {
+        wst_train_options *options = nullptr;
+        detail::call(wst_train_options_new, stage, &options);
+        options_.reset(options);
+    }
+    TrainOptions &set_learning_rate(float rate) { return set_(wst_train_options_set_learning_rate, rate); }
+    TrainOptions &set_betas(float beta1, float beta2) { return set_(wst_train_options_set_betas, beta1, beta2); }
+    TrainOptions &set_weight_decay(float decay) { return set_(wst_train_options_set_weight_decay, decay); }
+    TrainOptions &set_warmup_steps(std::uint64_t steps) { return set_(wst_train_options_set_warmup_steps, steps); }
+    TrainOptions &set_grad_clip(float norm) { return set_(wst_train_options_set_grad_clip, norm); }
+    TrainOptions &set_grad_accumulation(std::uint32_t parts) { return set_(wst_train_options_set_grad_accumulation, parts); }
+    TrainOptions &set_ema(float decay, std::uint64_t start, std::uint64_t every) {
+        return set_(wst_train_options_set_ema, decay, start, every);
+    }
+    TrainOptions &set_text_dropout(float probability) { return set_(wst_train_options_set_text_dropout, probability); }
+    TrainOptions &set_seed(std::uint64_t seed) { return set_(wst_train_options_set_seed, seed); }
+    TrainOptions &set_compute_dtype(wst_dtype dtype) { return set_(wst_train_options_set_compute_dtype, dtype); }
+    TrainOptions &set_cancel(const CancelToken &token) { return set_(wst_train_options_set_cancel, token.get()); }
+    TrainOptions &set(const std::string &key, const std::string &value) {
+        return set_(wst_train_options_set, detail::c_str("key", key), detail::c_str("value", value));
+    }
+    [[nodiscard]] const wst_train_options *get() const noexcept { return options_.get(); }
+
+private:
+    template <class F, class... Args> TrainOptions &set_(F function, Args... args) {
+        detail::call(function, options_.get(), args...);
+        return *this;
+    }
+    detail::Handle<wst_train_options, wst_train_options_free> options_;
+};
+
+/// Where training data come from and how.
+class LoaderOptions {
+public:
+    explicit LoaderOptions(const std::string &path) {
+        wst_loader_options *options = nullptr;
+        detail::call(wst_loader_options_new, detail::c_str("path", path), &options);
+        options_.reset(options);
+    }
+    LoaderOptions &add_path(const std::string &path) { return set_(wst_loader_options_add_path, detail::c_str("path", path)); }
+    LoaderOptions &set_side(std::uint32_t side) { return set_(wst_loader_options_set_side, side); }
+    LoaderOptions &set_crop(wst_crop crop) { return set_(wst_loader_options_set_crop, crop); }
+    LoaderOptions &set_flip(float probability) { return set_(wst_loader_options_set_flip, probability); }
+    LoaderOptions &set_batch_size(std::uint32_t pictures) { return set_(wst_loader_options_set_batch_size, pictures); }
+    LoaderOptions &set_shuffle(std::uint32_t buffer) { return set_(wst_loader_options_set_shuffle, buffer); }
+    LoaderOptions &set_seed(std::uint64_t seed) { return set_(wst_loader_options_set_seed, seed); }
+    LoaderOptions &set_passes(wst_passes passes) { return set_(wst_loader_options_set_passes, passes); }
+    LoaderOptions &set_threads(std::uint32_t threads) { return set_(wst_loader_options_set_threads, threads); }
+    LoaderOptions &set_rank(std::uint32_t rank, std::uint32_t ranks) { return set_(wst_loader_options_set_rank, rank, ranks); }
+    /// Hears of every record that is skipped. What it throws is dropped.
+    LoaderOptions &set_log(LogFunction function) {
+        auto log = std::make_shared<LogFunction>(std::move(function));
+        set_(wst_loader_options_set_log, *log ? &forward_log : nullptr, static_cast<void *>(log.get()));
+        log_ = std::move(log);
+        return *this;
+    }
+    LoaderOptions &set(const std::string &key, const std::string &value) {
+        return set_(wst_loader_options_set, detail::c_str("key", key), detail::c_str("value", value));
+    }
+    [[nodiscard]] const wst_loader_options *get() const noexcept { return options_.get(); }
+
+private:
+    friend class Loader;
+    template <class F, class... Args> LoaderOptions &set_(F function, Args... args) {
+        detail::call(function, options_.get(), args...);
+        return *this;
+    }
+    static void forward_log(wst_log_level level, const char *message, void *user_data) noexcept {
+        try {
+            (*static_cast<LogFunction *>(user_data))(level, message);
+        } catch (...) { // nobody waits for a log line
+        }
+    }
+    std::shared_ptr<LogFunction> log_;
+    detail::Handle<wst_loader_options, wst_loader_options_free> options_;
+};
+
+/// Pictures of one size with their captions. What the members return lives as long as the batch.
+class Batch {
+public:
+    explicit Batch(wst_batch *owned) noexcept : batch_(owned) {}
+    [[nodiscard]] std::size_t size() const noexcept { return wst_batch_count(get()); }
+    [[nodiscard]] span<const wst_image *const> images() const noexcept { return {wst_batch_images(get()), size()}; }
+    [[nodiscard]] span<const char *const> captions() const noexcept { return {wst_batch_captions(get()), size()}; }
+    /// A path within the folder, or "shard.tar/key".
+    [[nodiscard]] span<const char *const> keys() const noexcept { return {wst_batch_keys(get()), size()}; }
+    [[nodiscard]] const wst_batch *get() const noexcept { return batch_.get(); }
+
+private:
+    detail::Handle<wst_batch, wst_batch_free> batch_;
+};
+
+class Trainer;
+
+/// Pictures with captions, decoded ahead.
+class Loader {
+public:
+    explicit Loader(const LoaderOptions &options) : log_(options.log_) {
+        wst_loader *loader = nullptr;
+        detail::call(wst_loader_open, options.get(), &loader);
+        loader_.reset(loader);
+    }
+    /// The next batch; none after the last one of a single pass.
+    [[nodiscard]] std::optional<Batch> next() {
+        wst_batch *batch = nullptr;
+        detail::call(wst_loader_next, loader_.get(), &batch);
+        return batch ? std::optional<Batch>(Batch(batch)) : std::nullopt;
+    }
+    /// Goes on where the data stood when the checkpoint was saved that `trainer` loaded last.
+    inline void resume(const Trainer &trainer);
+    [[nodiscard]] wst_loader_info_t info() const {
+        wst_loader_info_t info{};
+        info.struct_size = sizeof info;
+        detail::call(wst_loader_info, get(), &info);
+        return info;
+    }
+    [[nodiscard]] const wst_loader *get() const noexcept { return loader_.get(); }
+
+private:
+    friend class Trainer;
+    std::shared_ptr<LogFunction> log_;
+    detail::Handle<wst_loader, wst_loader_free> loader_;
+};
+
+/// Pictures and captions as a trainer prepared them.
+class Samples {
+public:
+    explicit Samples(wst_samples *owned) noexcept : samples_(owned) {}
+    [[nodiscard]] std::size_t size() const noexcept { return wst_samples_count(get()); }
+    Samples &append(const Samples &from) {
+        detail::call(wst_samples_append, samples_.get(), from.get());
+        return *this;
+    }
+    [[nodiscard]] const wst_samples *get() const noexcept { return samples_.get(); }
+
+private:
+    friend class Trainer;
+    detail::Handle<wst_samples, wst_samples_free> samples_;
+};
+
+/// Puts in the place of each number its sum over all ranks: over floats, or over doubles (then `floats` is empty).
+using SumFunction = std::function<void(span<float> floats, span<double> doubles)>;
+
+/// A stage of a model in training. Destroying it cancels a step that runs on another thread, and waits for it.
+class Trainer {
+public:
+    Trainer(const Model &base, const TrainOptions &options) : log_(base.log_) {
+        wst_trainer *trainer = nullptr;
+        detail::call(wst_trainer_new, base.get(), options.get(), &trainer);
+        trainer_.reset(trainer);
+    }
+    wst_train_metrics step(span<const Image> images, span<const std::string> captions) {
+        const Lists lists(images, captions);
+        return step_(wst_trainer_step, lists.images.data(), lists.captions.data(), lists.images.size());
+    }
+    wst_train_metrics step(const Batch &batch) {
+        return step_(wst_trainer_step, batch.images().data(), batch.captions().data(), batch.size());
+    }
+    /// Over samples picked by their numbers; none: all of them.
+    wst_train_metrics step(const Samples &samples, span<const std::size_t> indices = {}) {
+        return step_(wst_trainer_step_samples, samples.get(), indices.data(), indices.size());
+    }
+    /// Over the loader's next batch; nothing after the last one of a single pass. Checkpoints then hold its place.
+    std::optional<wst_train_metrics> step(Loader &loader) {
+        std::int32_t end = 0;
+        const wst_train_metrics metrics = step_(
+            [](wst_trainer *trainer, wst_loader *from, std::int32_t *at_end, wst_train_metrics *out, wst_error **error) {
+                return wst_trainer_step_from(trainer, from, out, at_end, error);
+            },
+            loader.loader_.get(), &end);
+        return end ? std::nullopt : std::optional<wst_train_metrics>(metrics);
+    }
+    /// What stays the same from epoch to epoch, for steps over it.
+    [[nodiscard]] Samples prepare(span<const Image> images, span<const std::string> captions) const {
+        const Lists lists(images, captions);
+        return prepare_(lists.images.data(), lists.captions.data(), lists.images.size());
+    }
+    [[nodiscard]] Samples prepare(const Batch &batch) const {
+        return prepare_(batch.images().data(), batch.captions().data(), batch.size());
+    }
+    /// Gives a sample another caption.
+    void recaption(Samples &samples, std::size_t index, const std::string &caption) const {
+        detail::call(wst_trainer_recaption, get(), samples.samples_.get(), index, detail::c_str("caption", caption));
+    }
+    /// Joins `ranks` processes, each with its part of every batch. What `sum` throws ends the step and comes out of it.
+    void set_reduce(std::uint32_t rank, std::uint32_t ranks, SumFunction sum) {
+        auto state = std::make_unique<Sum>();
+        state->function = std::move(sum);
+        detail::call(wst_trainer_set_reduce, trainer_.get(), rank, ranks, state->function ? &forward_sum : nullptr,
+                     static_cast<void *>(state.get()));
+        sum_ = std::move(state);
+    }
+    /// Lets checkpoints hold where `loader` stands now.
+    void follow(const Loader &loader) { detail::call(wst_trainer_follow, trainer_.get(), loader.get()); }
+    [[nodiscard]] wst_train_progress progress() const {
+        wst_train_progress progress{};
+        progress.struct_size = sizeof progress;
+        detail::call(wst_trainer_progress, get(), &progress);
+        return progress;
+    }
+    void save(const std::string &directory) { detail::call(wst_trainer_save, trainer_.get(), detail::c_str("directory", directory)); }
+    void load(const std::string &directory) { detail::call(wst_trainer_load, trainer_.get(), detail::c_str("directory", directory)); }
+    void export_model(const std::string &directory) const {
+        detail::call(wst_trainer_export, get(), detail::c_str("model_directory", directory));
+    }
+    [[nodiscard]] const wst_trainer *get() const noexcept { return trainer_.get(); }
+
+private:
+    struct Lists {
+        std::vector<const wst_image *> images;
+        std::vector<const char *> captions;
+        Lists(span<const Image> pictures, span<const std::string> texts) {
+            if (pictures.size() != texts.size())
+                throw Error(WST_INVALID_ARGUMENT, "captions: expected one per image, found " + std::to_string(texts.size()), "captions");
+            for (const Image &image : pictures) images.push_back(image.get());
+            for (const std::string &text : texts) captions.push_back(detail::c_str("captions", text));
+        }
+    };
+    struct Sum {
+        SumFunction function;
+        detail::Caught caught;
+    };
+    template <class F, class... Args> wst_train_metrics step_(F function, Args... args) {
+        wst_train_metrics metrics{};
+        metrics.struct_size = sizeof metrics;
+        try {
+            detail::call(function, trainer_.get(), args..., &metrics);
+        } catch (const Error &) {
+            if (sum_) sum_->caught.rethrow();
+            throw;
+        }
+        return metrics;
+    }
+    Samples prepare_(const wst_image *const *images, const char *const *captions, std::size_t count) const {
+        wst_samples *samples = nullptr;
+        detail::call(wst_trainer_prepare, get(), images, captions, count, &samples);
+        return Samples(samples);
+    }
+    static std::int32_t forward_sum(void *values, std::size_t count, std::int32_t is_double, void *user_data) noexcept {
+        Sum &sum = *static_cast<Sum *>(user_data);
+        try {
+            if (is_double) sum.function({}, {static_cast<double *>(values), count});
+            else sum.function({static_cast<float *>(values), count}, {});
+            return 0;
+        } catch (...) {
+            sum.caught.keep(std::current_exception());
+            return 1;
+        }
+    }
+    std::shared_ptr<LogFunction> log_;
+    std::unique_ptr<Sum> sum_;
+    // Last: freed first, so that what a step on another thread uses is still there.
+    detail::Handle<wst_trainer, wst_trainer_free> trainer_;
+};
+
+inline void Loader::resume(const Trainer &trainer) { detail::call(wst_loader_resume, loader_.get(), trainer.get()); }
 
 } // namespace wst
 

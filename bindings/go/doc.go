@@ -9,10 +9,22 @@
 //	if err != nil { … }
 //	err = png.Encode(file, images[0])
 //
+// A stage of a model is trained with a [Trainer], on pictures at hand or from a
+// [Loader]:
+//
+//	trainer, err := wuerstchen.NewTrainer(model, wuerstchen.StageC)
+//	if err != nil { … }
+//	loader, err := wuerstchen.OpenLoader("pictures", wuerstchen.WithSide(512))
+//	if err != nil { … }
+//	metrics, err := trainer.StepFrom(ctx, loader)
+//	if err != nil { … }
+//	err = trainer.Export("models/trained")
+//
 // # Threads
 //
 // A [Model] may be used by any number of goroutines at once. A [Job] may be
-// too: its calls take turns. Close may come at any time, from any goroutine;
+// too: its calls take turns. A [Trainer] or [Loader] serves one call at a time;
+// others get [ErrBusy]. Close may come at any time, from any goroutine;
 // calls that are running finish first, later ones return [ErrClosed].
 //
 // # Errors

@@ -30,8 +30,11 @@ const (
 	StageC Stage = C.WST_STAGE_C
 )
 
-// String is the stage's letter.
+// String is the stage's letter, or "pair".
 func (s Stage) String() string {
+	if s == StagePair {
+		return "pair"
+	}
 	if s < StageA || s > StageC {
 		return "?"
 	}

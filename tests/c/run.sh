@@ -10,6 +10,7 @@ root=$(cd "$here/../.." && pwd)
 LIBDIR=$(cd "${LIBDIR:-$root/target/release}" && pwd) || exit 1
 MODEL=$(cd "${MODEL:-$root/examples/models/emoji-v1}" && pwd) || exit 1
 V2=$(cd "${V2:-$root/tests/fixtures/v2}" && pwd) || exit 1
+TINY=$root/tests/fixtures/model
 CC=${CC:-gcc}
 CXX=${CXX:-g++}
 library=$LIBDIR/libwuerstchen.so
@@ -45,6 +46,9 @@ program() {
     if [ $status -ne 0 ] && [ "$wrong" -eq 0 ]; then note "$name: exit $status" 1; fi
     echo "    $name: $(($(date +%s) - start)) s"
 }
+
+# A new folder to write to.
+fresh() { mktemp -d "$work/scratch/XXXXXX"; }
 
 c="-std=c99 -pedantic -Wall -Wextra -Wstrict-prototypes -Werror -I$root/include"
 cpp="-std=c++17 -pedantic -Wall -Wextra -Werror -I$root/include"
@@ -87,6 +91,10 @@ build run run.c
 build v2 v2.c
 build silent silent.c
 build wrapper wrapper.cpp
+build train_arguments train_arguments.c
+build train train.c
+build loader loader.c
+build train_wrapper train_wrapper.cpp
 check "build load.c" $CC -std=gnu99 -Wall -Wextra -Werror -g -I"$root/include" "$here/load.c" -o "$work/load" -ldl
 check "build failing_malloc.c" $CC -std=gnu11 -Wall -Wextra -Werror -fno-builtin -shared -fPIC "$here/failing_malloc.c" -o "$work/libfailing_malloc.so"
 check "build memory.c" $CC $c -g "$here/memory.c" -o "$work/memory" "$work/libfailing_malloc.so" $link
@@ -97,6 +105,10 @@ program run "$work/run" "$MODEL" 1000
 program "run, v2" "$work/run" "$V2/model" 300
 program v2 "$work/v2" "$V2"
 program wrapper "$work/wrapper" "$MODEL" "$V2"
+program train_arguments "$work/train_arguments" "$TINY"
+program train "$work/train" "$TINY" "$(fresh)"
+program loader "$work/loader" "$TINY" "$(fresh)"
+program train_wrapper "$work/train_wrapper" "$TINY" "$(fresh)"
 program load env -u LD_LIBRARY_PATH "$work/load" "$work/lib/libwuerstchen.so.0" "$work/wuerstchen_copy.so" "$MODEL"
 for model in "$MODEL" "$V2/model"; do
     "$work/silent" "$model" >"$work/out" 2>"$work/err"
@@ -122,10 +134,12 @@ if [ -z "${QUICK:-}" ]; then
     if $CC $sanitize -x c - -o "$work/probe" 2>/dev/null <<'P' && "$work/probe"; then
 int main(void) { return 0; }
 P
-        for name in arguments run v2; do
+        for name in arguments run v2 train_arguments train loader; do
             build "${name}_asan" "$name.c" $sanitize
         done
-        build wrapper_asan wrapper.cpp $sanitize
+        for name in wrapper train_wrapper; do
+            build "${name}_asan" "$name.cpp" $sanitize
+        done
         # The payload of a caught panic is leaked on purpose: its destructor may panic again.
         echo "leak:panicking" >"$work/leaks"
         export LSAN_OPTIONS="suppressions=$work/leaks:print_suppressions=0"
@@ -135,6 +149,10 @@ P
         program "run, sanitized" "$work/run_asan" "$MODEL" 50
         program "v2, sanitized" "$work/v2_asan" "$V2"
         program "wrapper, sanitized" "$work/wrapper_asan" "$MODEL" "$V2"
+        program "train_arguments, sanitized" "$work/train_arguments_asan" "$TINY"
+        for name in train loader train_wrapper; do
+            program "$name, sanitized" "$work/${name}_asan" "$TINY" "$(fresh)"
+        done
     else
         echo "    no sanitizers: $CC cannot link them"
     fi
@@ -143,6 +161,8 @@ P
         # "possibly lost", since a hash table points into the middle of its block.
         valgrind="valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite"
         program "arguments, valgrind" $valgrind "$work/arguments" "$MODEL" "$work/scratch"
+        program "train_arguments, valgrind" $valgrind "$work/train_arguments" "$TINY"
+        program "loader, valgrind" $valgrind "$work/loader" "$TINY" "$(fresh)"
         check "generating, valgrind" $valgrind "$work/silent" "$MODEL"
         check "generating, v2, valgrind" $valgrind "$work/silent" "$V2/model"
     else

@@ -118,10 +118,11 @@ static void checkpoints(const wst_model *model, const char *scratch) {
     wst_trainer *trainer = quick_trainer(model, WST_STAGE_B);
     FAILS(WST_FORMAT, "stage", wst_trainer_load(trainer, folder, &error));
     CHECK(steps_of(trainer) == 0 && step(trainer).step == 1);
-    snprintf(nowhere, sizeof nowhere, "%s/no/such/folder", scratch);
-    FAILS(WST_IO, "no/such/folder", wst_trainer_load(trainer, nowhere, &error));
-    FAILS(WST_IO, "no/such", wst_trainer_save(trainer, nowhere, &error));
-    FAILS(WST_IO, "no/such", wst_trainer_export(trainer, nowhere, &error));
+    snprintf(nowhere, sizeof nowhere, "%s/state.json/below", folder); /* below a file */
+    FAILS(WST_IO, "state.json", wst_trainer_load(trainer, nowhere, &error));
+    FAILS(WST_IO, "state.json", wst_trainer_save(trainer, nowhere, &error));
+    FAILS(WST_IO, "state.json", wst_trainer_export(trainer, nowhere, &error));
+    FAILS(WST_IO, scratch, wst_trainer_load(trainer, scratch, &error)); /* no checkpoint */
     CHECK(step(trainer).step == 2);
     wst_trainer_free(trainer);
 }
