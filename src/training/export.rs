@@ -33,7 +33,8 @@ impl Trainer {
         run_apart_with_reserve("an export", LISTS_BYTES, || {
             let parts = self.task.parts(&self.model)?;
             let root = self.model.folder();
-            let replaced: HashSet<&Path> = parts.iter().filter_map(|part| part.weights.path().parent()).collect();
+            let replaced: HashSet<&Path> =
+                parts.iter().filter_map(|part| part.weights.path().parent()).collect();
             replace_folder(folder, |new| {
                 copy_folder(root, new, &replaced)?;
                 parts.iter().try_for_each(|part| self.write_part(part, root, new))
@@ -46,7 +47,8 @@ impl Trainer {
         let list = self.parameters.list().iter().enumerate();
         let mut packed: BTreeMap<String, BTreeMap<usize, Tensor>> = BTreeMap::new();
         for (place, parameter) in list.filter(|(_, p)| p.role != Role::Frozen) {
-            let Some(name) = parameter.name.strip_prefix(part.prefix).and_then(|n| n.strip_prefix('.')) else {
+            let Some(name) = parameter.name.strip_prefix(part.prefix).and_then(|n| n.strip_prefix('.'))
+            else {
                 continue;
             };
             let values = self.average.of.get(&place).unwrap_or(parameter.master());
@@ -82,7 +84,7 @@ impl Trainer {
 }
 
 /// Tensors one after the other along the first dimension.
-fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor> {
+pub(super) fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor> {
     let rows: usize = parts.clone().map(|part| part.dims().first().copied().unwrap_or(0)).sum();
     let mut values = Vec::new();
     let mut dims = Vec::new();
@@ -97,21 +99,25 @@ fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor>
 }
 
 /// Copies a model folder without the weights of the `replaced` parts.
-fn copy_folder(from: &Path, to: &Path, replaced: &HashSet<&Path>) -> Result<()> {
+pub(super) fn copy_folder(from: &Path, to: &Path, replaced: &HashSet<&Path>) -> Result<()> {
     fs::create_dir_all(to).map_err(|source| Error::io(to, source))?;
     for entry in fs::read_dir(from).map_err(|source| Error::io(from, source))? {
         let path = entry.map_err(|source| Error::io(from, source))?.path();
         let target = to.join(path.file_name().unwrap_or_default());
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let is_weights = name.ends_with(".safetensors") || name.contains(".safetensors.index");
         if path.is_dir() {
             copy_folder(&path, &target, replaced)?;
-        } else if !(is_weights && replaced.contains(from)) {
+        } else if !(is_weights(&name) && replaced.contains(from)) {
             fs::copy(&path, &target).map_err(|source| Error::io(&path, source))?;
             make_writable(&target)?;
         }
     }
     Ok(())
+}
+
+/// Whether a file of this name holds weights, or lists the files that do.
+pub(super) fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.contains(".safetensors.index")
 }
 
 /// A copy of a read-only file is the caller's to change.

@@ -10,6 +10,7 @@
 
 mod average;
 mod checkpoint;
+mod create;
 mod draws;
 mod export;
 pub mod objectives;
@@ -21,6 +22,7 @@ mod tasks;
 mod trainer;
 
 pub use average::Average;
+pub use create::create_model;
 pub use options::{Adversary, Ema, Goal, Lora, TrainOptions};
 pub use tasks::Sample;
 pub use trainer::{Progress, TrainMetrics, Trainer};
