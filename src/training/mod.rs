@@ -11,6 +11,7 @@
 mod average;
 mod checkpoint;
 mod create;
+pub mod data;
 mod draws;
 mod export;
 pub mod objectives;
