@@ -37,9 +37,22 @@ impl Trainer {
                 parts.iter().filter_map(|part| part.weights.path().parent()).collect();
             replace_folder(folder, |new| {
                 copy_folder(root, new, &replaced)?;
-                parts.iter().try_for_each(|part| self.write_part(part, root, new))
+                parts.iter().try_for_each(|part| self.write_part(part, root, new))?;
+                self.task.write_beside(self, new)
             })
         })
+    }
+
+    /// What is exported of the parameters below `prefix`, by their names within it.
+    pub(super) fn exported(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
+        let below = |name: &str| Some(name.strip_prefix(prefix)?.strip_prefix('.')?.to_owned());
+        let list = self.parameters.list().iter().enumerate().filter(|(_, p)| p.role != Role::Frozen);
+        list.filter_map(|(place, parameter)| Some((place, parameter, below(&parameter.name)?)))
+            .map(|(place, parameter, name)| {
+                let values = self.average.of.get(&place).unwrap_or(parameter.master());
+                Ok((name, self.rounded(values)?))
+            })
+            .collect()
     }
 
     fn write_part(&self, part: &TrainedPart, root: &Path, new: &Path) -> Result<()> {

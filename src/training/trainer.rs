@@ -8,6 +8,7 @@ use super::optimizer::{self, Moments, clip_factor, gradient_norm};
 use super::options::{Goal, TrainOptions};
 use super::parameters::Parameters;
 use super::reduction::Reduction;
+use super::tasks::pair::PairTask;
 use super::tasks::stage_b::StageBTask;
 use super::tasks::stage_c::StageCTask;
 use super::tasks::{Measured, Pass, Sample, Task};
@@ -79,6 +80,7 @@ impl Trainer {
         let task: Box<dyn Task> = match options.goal {
             Goal::StageC => Box::new(StageCTask::new(&cx, base, &mut parameters)?),
             Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
+            Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
             goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
         };
         let average = Average::new(&parameters)?;
@@ -269,6 +271,7 @@ impl Trainer {
         let scale = clip_factor(norm, settings.clip);
         let updated = optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
             .and_then(|()| self.parameters.follow(seen))
+            .and_then(|()| self.task.after_step(&mut self.parameters))
             .and_then(|()| self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1));
         self.reload()?;
         updated

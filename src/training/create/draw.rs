@@ -33,7 +33,7 @@ pub(super) enum Rule {
 
 /// A distribution with its numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Spread {
+pub(in crate::training) enum Spread {
     Constant(f32),
     Normal(f64),
     Uniform(f64),
@@ -89,7 +89,7 @@ impl Fans {
 }
 
 /// The random numbers of the tensor `name`: each name has a stream of its own.
-pub(super) fn stream(seed: u64, name: &str) -> Philox {
+pub(in crate::training) fn stream(seed: u64, name: &str) -> Philox {
     // FNV-1a: any even spread of names over numbers would do.
     let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -101,7 +101,7 @@ pub(super) fn stream(seed: u64, name: &str) -> Philox {
 ///
 /// # Errors
 /// `Cancelled`.
-pub(super) fn fill(cx: &Context, out: &mut [f32], rng: Philox, spread: Spread) -> Result<()> {
+pub(in crate::training) fn fill(cx: &Context, out: &mut [f32], rng: Philox, spread: Spread) -> Result<()> {
     parallel_chunks(cx, out, CHUNK, |i, part| {
         let first = (i * CHUNK) as u64;
         match spread {

@@ -1,6 +1,6 @@
 //! A model to train from scratch: the configurations of a folder, with weights made anew where there are none.
 
-mod draw;
+pub(super) mod draw;
 mod rules;
 #[cfg(test)]
 mod tests;

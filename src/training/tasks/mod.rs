@@ -1,11 +1,14 @@
 //! How each stage's batch is prepared, drawn and learnt from. A task holds its networks over the trainer's
 //! parameters; the trainer does what is alike for all.
 
+pub(super) mod pair;
 pub(super) mod stage_b;
 pub(super) mod stage_c;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use super::Trainer;
 use super::draws::Draws;
 use super::export::TrainedPart;
 use super::options::TrainOptions;
@@ -100,11 +103,27 @@ pub(super) trait Task: Send + Sync {
         Ok(())
     }
 
+    /// What is done to the parameters after each update, with nothing loaded over them.
+    ///
+    /// # Errors
+    /// `Internal` if something is.
+    fn after_step(&self, _parameters: &mut Parameters) -> Result<()> {
+        Ok(())
+    }
+
     /// The parts of the model that it changes.
     ///
     /// # Errors
     /// `Unsupported` if the model lacks one.
     fn parts<'a>(&self, model: &'a Model) -> Result<Vec<TrainedPart<'a>>>;
+
+    /// Writes what the exported model `folder` holds beside those parts.
+    ///
+    /// # Errors
+    /// `Io`; `OutOfMemory`.
+    fn write_beside(&self, _trainer: &Trainer, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
 
     /// What the task keeps beside the parameters, for a checkpoint.
     fn state(&self) -> Vec<(String, Tensor)> {
