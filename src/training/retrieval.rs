@@ -106,7 +106,7 @@ impl Retrieval {
         &self,
         what: &str,
         batches: impl Iterator<Item = &'a [T]> + Send,
-        embed: impl Fn(&Context, &[T]) -> Result<Tensor> + Send,
+        embed: impl Fn(&Context, &[T]) -> Result<Tensor> + Sync,
     ) -> Result<Tensor> {
         run_apart_with_reserve("an embedding", LISTS_BYTES, || {
             let cx = Context::new(self.model.device());
