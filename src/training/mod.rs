@@ -8,6 +8,7 @@
 //! | C | the noise in latents ([`objectives::stage_c`]) | latents of the frozen image encoder, texts |
 //! | B | tokens from noised tokens ([`objectives::stage_b`]) | tokens of the frozen Stage A, latents, texts |
 
+mod adapter;
 mod average;
 mod checkpoint;
 pub mod data;
@@ -21,6 +22,7 @@ mod reduction;
 mod tasks;
 mod trainer;
 
+pub use adapter::merge_adapter;
 pub use average::Average;
 pub use options::{Adversary, Ema, Goal, Lora, TrainOptions};
 pub use tasks::Sample;
