@@ -84,9 +84,7 @@ impl Draws {
     pub fn normal(self, cx: &Context, what: Use, dims: &[usize]) -> Result<Tensor> {
         let mut out = Tensor::new(cx, "noise", dims, DType::F32)?;
         let per_sample = out.elements() / self.count.max(1);
-        for (part, generator) in
-            out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what))
-        {
+        for (part, generator) in out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what)) {
             generator.fill_normal(part, 0);
         }
         Ok(out)

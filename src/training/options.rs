@@ -302,10 +302,7 @@ impl TrainOptions {
 
 fn parsed<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
     let kind = std::any::type_name::<T>();
-    value
-        .trim()
-        .parse()
-        .map_err(|_| Error::argument(key, format!("a value of type {kind}"), format!("{value:?}")))
+    value.trim().parse().map_err(|_| Error::argument(key, format!("a value of type {kind}"), format!("{value:?}")))
 }
 
 fn number<T>(key: &str, value: &str, least: T, most: T) -> Result<T>
