@@ -246,6 +246,22 @@ impl TrainOptions {
         self.cancel = cancel.cloned();
     }
 
+    /// # Errors
+    /// `InvalidArgument` for options that contradict each other.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.lora.rank == 0 {
+            return Ok(());
+        }
+        if self.goal != Goal::StageC {
+            let expected = format!("0 for {:?}: adapters are for Stage C", self.goal);
+            return Err(Error::argument("lora_rank", expected, self.lora.rank));
+        }
+        if self.lora.alpha == 0.0 {
+            return Err(Error::argument("lora_alpha", "more than 0: nothing could be learnt", 0));
+        }
+        Ok(())
+    }
+
     /// Any option by name, for configuration files: those that have a setter, and
     ///
     /// | key | value |
@@ -301,7 +317,10 @@ impl TrainOptions {
 
 fn parsed<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
     let kind = std::any::type_name::<T>();
-    value.trim().parse().map_err(|_| Error::argument(key, format!("a value of type {kind}"), format!("{value:?}")))
+    value
+        .trim()
+        .parse()
+        .map_err(|_| Error::argument(key, format!("a value of type {kind}"), format!("{value:?}")))
 }
 
 fn number<T>(key: &str, value: &str, least: T, most: T) -> Result<T>
@@ -346,4 +365,21 @@ fn dtype(key: &str, value: &str) -> Result<DType> {
 
 fn expect_float(name: &str, dtype: DType) -> Result<()> {
     if dtype.is_float() { Ok(()) } else { Err(Error::argument(name, "F32, F16 or BF16", dtype)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listed_key_is_known() {
+        let mut options = TrainOptions::new(Goal::StageC);
+        let unknown = options.set("flavour", "sweet").unwrap_err().to_string();
+        assert!(unknown.starts_with("training option: expected one of learning_rate, "), "{unknown}");
+        for key in KEYS.trim_start_matches("one of ").split(", ").map(str::trim) {
+            if let Err(error) = options.set(key, "?") {
+                assert!(!error.to_string().starts_with("training option"), "{error}");
+            }
+        }
+    }
 }
