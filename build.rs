@@ -12,7 +12,7 @@ use std::{env, fs};
 const ABI: u32 = 0;
 
 /// The nouns, in the header's order: each is a file of src/capi. What a noun uses is declared above it.
-const NOUNS: [(&str, &str); 16] = [
+const NOUNS: [(&str, &str); 17] = [
     ("version", "Version"),
     ("error", "Statuses and errors"),
     ("device", "Devices"),
@@ -29,6 +29,7 @@ const NOUNS: [(&str, &str); 16] = [
     ("loader_options", "Training data: where from and how"),
     ("batch", "Training data: batches"),
     ("loader", "Training data: pictures with captions from folders and WebDataset shards, decoded ahead"),
+    ("folders", "Training: what it begins with and ends in"),
 ];
 
 type Failure = Box<dyn std::error::Error>;

@@ -526,6 +526,20 @@ wst_status wst_model_options_set_log(wst_model_options *options,
                                      wst_error **error);
 
 /**
+ * Adds a LoRA adapter of Stage C, as diffusers or wst_trainer_save_adapter writes it: a .safetensors file, or a folder
+ * with pytorch_lora_weights.safetensors. Its updates are multiplied by `scale`; those of several adapters add up.
+ *
+ * Owner: `path` is copied.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY. The file is looked at by wst_model_open.
+ */
+WST_WARN_UNUSED
+wst_status wst_model_options_add_lora(wst_model_options *options,
+                                      const char *path,
+                                      float scale,
+                                      wst_error **error);
+
+/**
  * Sets an option by name, for configuration files and scripting languages: "device", "threads", …; the message
  * for an unknown key lists all. "prior_path" and "decoder_path" name the folder of a v2 model's other half. "lora" adds a
  * LoRA adapter of Stage C, a file or a folder as diffusers writes it; "lora_scale" is a factor of the one named last.
@@ -1535,6 +1549,20 @@ wst_status wst_trainer_export(const wst_trainer *trainer,
                               wst_error **error);
 
 /**
+ * Writes the averaged adapter that is trained with the option "lora_rank", in diffusers' format: to `path` if that ends
+ * in .safetensors, else to pytorch_lora_weights.safetensors in the folder `path`. wst_model_options_add_lora and
+ * wst_model_merge_adapter take it; wst_trainer_export writes the model with the adapter added.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any, several at once, but not during a step.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_UNSUPPORTED if no adapter is trained, WST_OUT_OF_MEMORY, WST_BUSY.
+ */
+WST_WARN_UNUSED
+wst_status wst_trainer_save_adapter(const wst_trainer *trainer,
+                                    const char *path,
+                                    wst_error **error);
+
+/**
  * Frees a trainer. A step that runs on another thread is cancelled, ends with WST_CANCELLED, and is waited for. NULL is
  * a no-op. The function that sums over ranks cannot free the trainer that called it: there the call only cancels, and
  * the trainer is to be freed elsewhere.
@@ -1890,6 +1918,55 @@ wst_status wst_trainer_step_from(wst_trainer *trainer,
  */
 WST_WARN_UNUSED
 wst_status wst_trainer_follow(wst_trainer *trainer, const wst_loader *loader, wst_error **error);
+
+/* Training: what it begins with and ends in
+ * ----------------------------------------- */
+
+/**
+ * Learns a tokenizer of `vocabulary` tokens, 514 at least, from `count` texts (65536 at most), and writes
+ * tokenizer.json into `directory`: for the folder "tokenizer" of a new model's configurations.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_OUT_OF_MEMORY.
+ */
+WST_WARN_UNUSED
+wst_status wst_tokenizer_train(const char *const *texts,
+                               size_t count,
+                               uint32_t vocabulary,
+                               const char *directory,
+                               wst_error **error);
+
+/**
+ * Makes a whole v1 model of the folder `configs`, which holds the config.json of each part, a tokenizer, and the
+ * weights of some parts or of none. Parts without weights get fresh ones, drawn as the authors' constructors draw them;
+ * everything else is copied. `directory` is replaced as a whole.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_UNSUPPORTED for v2, WST_OUT_OF_MEMORY; WST_FORMAT, naming the file and the
+ * field, for configurations that do not fit together. After an error `directory` is as it was.
+ */
+WST_WARN_UNUSED
+wst_status wst_model_create(const char *configs,
+                            const char *directory,
+                            uint64_t seed,
+                            wst_error **error);
+
+/**
+ * Writes the model of `directory` to `out_directory`, which is replaced as a whole, with `scale` times the updates of
+ * an adapter added to Stage C's weights: a .safetensors file, or a folder with pytorch_lora_weights.safetensors.
+ *
+ * Owner: nothing changes hands.
+ * Threads: any.
+ * Errors: WST_INVALID_ARGUMENT, WST_IO, WST_FORMAT, WST_UNSUPPORTED, WST_OUT_OF_MEMORY.
+ */
+WST_WARN_UNUSED
+wst_status wst_model_merge_adapter(const char *directory,
+                                   const char *adapter,
+                                   float scale,
+                                   const char *out_directory,
+                                   wst_error **error);
 
 #ifdef __cplusplus
 } /* extern "C" */

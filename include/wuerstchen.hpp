@@ -254,6 +254,10 @@ public:
         log_ = std::move(log);
         return *this;
     }
+    /// A LoRA adapter of Stage C; several add up.
+    ModelOptions &add_lora(const std::string &path, float scale = 1.0f) {
+        return set_(wst_model_options_add_lora, detail::c_str("path", path), scale);
+    }
     ModelOptions &set(const std::string &key, const std::string &value) {
         return set_(wst_model_options_set, detail::c_str("key", key), detail::c_str("value", value));
     }
@@ -723,6 +727,8 @@ public:
     void export_model(const std::string &directory) const {
         detail::call(wst_trainer_export, get(), detail::c_str("model_directory", directory));
     }
+    /// The adapter that is trained with the option "lora_rank", in diffusers' format.
+    void save_adapter(const std::string &path) const { detail::call(wst_trainer_save_adapter, get(), detail::c_str("path", path)); }
     [[nodiscard]] const wst_trainer *get() const noexcept { return trainer_.get(); }
 
 private:
@@ -774,6 +780,24 @@ private:
 };
 
 inline void Loader::resume(const Trainer &trainer) { detail::call(wst_loader_resume, loader_.get(), trainer.get()); }
+
+/// Writes tokenizer.json, learnt from texts, into `directory`.
+inline void train_tokenizer(span<const std::string> texts, std::uint32_t vocabulary, const std::string &directory) {
+    std::vector<const char *> pointers;
+    for (const std::string &text : texts) pointers.push_back(detail::c_str("texts", text));
+    detail::call(wst_tokenizer_train, pointers.data(), pointers.size(), vocabulary, detail::c_str("directory", directory));
+}
+
+/// Makes a model with fresh weights of the configurations in a folder.
+inline void create_model(const std::string &configs, const std::string &directory, std::uint64_t seed) {
+    detail::call(wst_model_create, detail::c_str("configs", configs), detail::c_str("directory", directory), seed);
+}
+
+/// Adds an adapter to the weights of a model folder.
+inline void merge_adapter(const std::string &directory, const std::string &adapter, float scale, const std::string &out_directory) {
+    detail::call(wst_model_merge_adapter, detail::c_str("directory", directory), detail::c_str("adapter", adapter), scale,
+                 detail::c_str("out_directory", out_directory));
+}
 
 } // namespace wst
 

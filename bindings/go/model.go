@@ -121,6 +121,20 @@ func WithLog(level LogLevel, receive func(level LogLevel, message string)) Model
 	}
 }
 
+// WithLora adds a LoRA adapter of Stage C, as diffusers or Trainer.SaveAdapter
+// writes it, times a scale. Several add up.
+func WithLora(path string, scale float32) ModelOption {
+	return func(o *modelOptions) error {
+		text, err := cString("path", path)
+		if err != nil {
+			return err
+		}
+		defer freeString(text)
+		var cError *C.wst_error
+		return check(C.wst_model_options_add_lora(o.pointer, text, C.float(scale), &cError), &cError)
+	}
+}
+
 // WithModelSetting sets an option by its name, as configuration files do.
 func WithModelSetting(key, value string) ModelOption {
 	return func(o *modelOptions) error {

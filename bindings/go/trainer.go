@@ -174,20 +174,9 @@ func lists(pictures []image.Image, captions []string, work func(images **C.wst_i
 	if err != nil {
 		return err
 	}
-	texts := make([]*C.char, 0, len(captions))
-	defer func() {
-		for _, text := range texts {
-			freeString(text)
-		}
-	}()
-	for _, caption := range captions {
-		text, err := cString("captions", caption)
-		if err != nil {
-			return err
-		}
-		texts = append(texts, text)
-	}
-	return work(unsafe.SliceData(images), unsafe.SliceData(texts), C.size_t(len(images)))
+	return withStrings("captions", captions, func(texts []*C.char) error {
+		return work(unsafe.SliceData(images), unsafe.SliceData(texts), C.size_t(len(images)))
+	})
 }
 
 // Step takes one step of the optimiser over pictures of one size and their
@@ -385,6 +374,14 @@ func (t *Trainer) Load(folder string) error {
 func (t *Trainer) Export(folder string) error {
 	return t.withFolder(folder, func(trainer *C.wst_trainer, folder *C.char, cError **C.wst_error) C.wst_status {
 		return C.wst_trainer_export(trainer, folder, cError)
+	})
+}
+
+// SaveAdapter writes the adapter that is trained with the setting "lora_rank",
+// in diffusers' format, for WithLora and MergeAdapter.
+func (t *Trainer) SaveAdapter(path string) error {
+	return t.withFolder(path, func(trainer *C.wst_trainer, path *C.char, cError **C.wst_error) C.wst_status {
+		return C.wst_trainer_save_adapter(trainer, path, cError)
 	})
 }
 

@@ -47,3 +47,5 @@ pub mod loader_options;
 pub mod batch;
 
 pub mod loader;
+
+pub mod folders;

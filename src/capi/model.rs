@@ -284,6 +284,25 @@ fn forward_log(callback: &Callback<LogFunction>, level: LogLevel, text: &str) {
     });
 }
 
+/// Adds a LoRA adapter of Stage C, as diffusers or wst_trainer_save_adapter writes it: a .safetensors file, or a folder
+/// with pytorch_lora_weights.safetensors. Its updates are multiplied by `scale`; those of several adapters add up.
+///
+/// Owner: `path` is copied.
+/// Threads: one at a time per options.
+/// Errors: WST_INVALID_ARGUMENT, WST_BUSY. The file is looked at by wst_model_open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_model_options_add_lora(
+    options: *mut wst_model_options,
+    path: *const c_char,
+    scale: f32,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        change("wst_model_options_add_lora", options, error, |o| o.add_lora(path_in("path", path)?, scale))
+    }
+}
+
 /// Sets an option by name, for configuration files and scripting languages: "device", "threads", …; the message
 /// for an unknown key lists all. "prior_path" and "decoder_path" name the folder of a v2 model's other half. "lora" adds a
 /// LoRA adapter of Stage C, a file or a folder as diffusers writes it; "lora_scale" is a factor of the one named last.

@@ -455,6 +455,29 @@ pub unsafe extern "C" fn wst_trainer_export(
     }
 }
 
+/// Writes the averaged adapter that is trained with the option "lora_rank", in diffusers' format: to `path` if that ends
+/// in .safetensors, else to pytorch_lora_weights.safetensors in the folder `path`. wst_model_options_add_lora and
+/// wst_model_merge_adapter take it; wst_trainer_export writes the model with the adapter added.
+///
+/// Owner: nothing changes hands.
+/// Threads: any, several at once, but not during a step.
+/// Errors: WST_INVALID_ARGUMENT, WST_IO, WST_UNSUPPORTED if no adapter is trained, WST_OUT_OF_MEMORY, WST_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_trainer_save_adapter(
+    trainer: *const wst_trainer,
+    path: *const c_char,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks.
+    unsafe {
+        boundary("wst_trainer_save_adapter", error, (), |call| {
+            let trainer = call.handle("trainer", trainer)?;
+            let path = path_in("path", path)?;
+            trainer.shared(call, |trainer| trainer.save_adapter(path).map(drop))
+        })
+    }
+}
+
 /// Frees a trainer. A step that runs on another thread is cancelled, ends with WST_CANCELLED, and is waited for. NULL is
 /// a no-op. The function that sums over ranks cannot free the trainer that called it: there the call only cancels, and
 /// the trainer is to be freed elsewhere.

@@ -127,6 +127,18 @@ static void checkpoints(const wst_model *model, const char *scratch) {
     wst_trainer_free(trainer);
 }
 
+static wst_image *draw(const wst_model *model) {
+    wst_image *image = NULL;
+    wst_generate_options *o = NULL;
+    OK(wst_generate_options_new(model, &o, &error));
+    OK(wst_generate_options_add_prompt(o, "a red apple", NULL, &error));
+    OK(wst_generate_options_set_stage_c(o, 3, 2.0f, &error));
+    OK(wst_generate_options_set_stage_b(o, 2, 1.0f, &error));
+    OK(wst_generate(model, o, &image, 1, &error));
+    wst_generate_options_free(o);
+    return image;
+}
+
 static void exported(const wst_model *model, const char *scratch) {
     char folder[1024];
     snprintf(folder, sizeof folder, "%s/exported", scratch);
@@ -137,22 +149,93 @@ static void exported(const wst_model *model, const char *scratch) {
     wst_trainer_free(trainer);
     wst_model *trained = NULL;
     OK(wst_model_open(folder, NULL, &trained, &error));
-    wst_image *before = NULL, *after = NULL;
-    const wst_model *both[] = {model, trained};
-    wst_image **out[] = {&before, &after};
-    for (int i = 0; i < 2; ++i) {
-        wst_generate_options *o = NULL;
-        OK(wst_generate_options_new(both[i], &o, &error));
-        OK(wst_generate_options_add_prompt(o, "a red apple", NULL, &error));
-        OK(wst_generate_options_set_stage_c(o, 3, 2.0f, &error));
-        OK(wst_generate_options_set_stage_b(o, 2, 1.0f, &error));
-        OK(wst_generate(both[i], o, out[i], 1, &error));
-        wst_generate_options_free(o);
-    }
+    wst_image *before = draw(model), *after = draw(trained);
     CHECK(wst_image_width(after) == wst_image_width(before) && !same_image(before, after));
     wst_image_free(before);
     wst_image_free(after);
     wst_model_free(trained);
+}
+
+/* An adapter: trained, saved, put under an opened model, merged into a folder; the same picture each time. */
+static void adapters(const wst_model *model, const char *base, const char *scratch) {
+    char file[1024], merged[1024], exported[1024];
+    snprintf(file, sizeof file, "%s/adapter.safetensors", scratch);
+    snprintf(merged, sizeof merged, "%s/merged", scratch);
+    snprintf(exported, sizeof exported, "%s/with-adapter", scratch);
+    wst_trainer *trainer = quick_trainer(model, WST_STAGE_C);
+    FAILS(WST_UNSUPPORTED, "lora_rank", wst_trainer_save_adapter(trainer, file, &error));
+    INVALID("path", wst_trainer_save_adapter(trainer, "", &error));
+    INVALID("trainer", wst_trainer_save_adapter(NULL, file, &error));
+    wst_trainer_free(trainer);
+    wst_train_options *options = quick_training(WST_STAGE_C);
+    OK(wst_train_options_set(options, "lora_rank", "2", &error));
+    OK(wst_train_options_set_learning_rate(options, 0.1f, &error));
+    OK(wst_trainer_new(model, options, &trainer, &error));
+    wst_train_options_free(options);
+    for (int i = 0; i < 3; ++i) (void)step(trainer);
+    OK(wst_trainer_save_adapter(trainer, file, &error));
+    OK(wst_trainer_export(trainer, exported, &error));
+    wst_trainer_free(trainer);
+    OK(wst_model_merge_adapter(base, file, 1.0f, merged, &error));
+    INVALID("directory", wst_model_merge_adapter(NULL, file, 1.0f, merged, &error));
+    INVALID("adapter", wst_model_merge_adapter(base, NULL, 1.0f, merged, &error));
+    INVALID("out_directory", wst_model_merge_adapter(base, file, 1.0f, NULL, &error));
+    INVALID("scale", wst_model_merge_adapter(base, file, NAN, merged, &error));
+    FAILS(WST_IO, "nothing", wst_model_merge_adapter(base, "nothing.safetensors", 1.0f, merged, &error));
+    wst_model_options *adapted = wst_model_options_new();
+    INVALID("options", wst_model_options_add_lora(NULL, file, 1, &error));
+    INVALID("path", wst_model_options_add_lora(adapted, NULL, 1, &error));
+    INVALID("scale", wst_model_options_add_lora(adapted, file, INFINITY, &error));
+    OK(wst_model_options_add_lora(adapted, file, 1, &error));
+    const char *const folders[] = {base, base, merged, exported};
+    wst_image *drawn[4] = {NULL};
+    for (int i = 0; i < 4; ++i) {
+        wst_model *opened = NULL;
+        OK(wst_model_open(folders[i], i == 1 ? adapted : NULL, &opened, &error));
+        drawn[i] = draw(opened);
+        wst_model_free(opened);
+    }
+    CHECK(!same_image(drawn[0], drawn[1]) && same_image(drawn[1], drawn[2]) && same_image(drawn[2], drawn[3]));
+    for (int i = 0; i < 4; ++i) wst_image_free(drawn[i]);
+    wst_model_options_free(adapted);
+}
+
+/* New models: of a whole folder, and with fresh weights for a part that has none. */
+static void created(const char *configs, const char *scratch) {
+    char whole[1024], weights[1100], fresh[1024], again[1024];
+    snprintf(whole, sizeof whole, "%s/whole", scratch);
+    snprintf(weights, sizeof weights, "%s/stage_c/model.safetensors", whole);
+    snprintf(fresh, sizeof fresh, "%s/fresh", scratch);
+    snprintf(again, sizeof again, "%s/again", scratch);
+    INVALID("configs", wst_model_create(NULL, whole, 1, &error));
+    INVALID("directory", wst_model_create(configs, NULL, 1, &error));
+    FAILS(WST_IO, "/nowhere", wst_model_create("/nowhere", whole, 1, &error));
+    OK(wst_model_create(configs, whole, 1, &error));
+    CHECK(remove(weights) == 0);
+    OK(wst_model_create(whole, fresh, 1, &error));
+    OK(wst_model_create(whole, again, 1, &error));
+    wst_image *drawn[3] = {NULL};
+    const char *const folders[] = {configs, fresh, again};
+    for (int i = 0; i < 3; ++i) {
+        wst_model *opened = NULL;
+        OK(wst_model_open(folders[i], NULL, &opened, &error));
+        drawn[i] = draw(opened);
+        if (i == 1) {
+            wst_trainer *trainer = quick_trainer(opened, WST_STAGE_C);
+            CHECK(step(trainer).loss > 0);
+            wst_trainer_free(trainer);
+        }
+        wst_model_free(opened);
+    }
+    CHECK(!same_image(drawn[0], drawn[1]) && same_image(drawn[1], drawn[2]));
+    for (int i = 0; i < 3; ++i) wst_image_free(drawn[i]);
+
+    INVALID("texts", wst_tokenizer_train(NULL, 1, 600, fresh, &error));
+    INVALID("count", wst_tokenizer_train(captions, 0, 600, fresh, &error));
+    INVALID("vocabulary", wst_tokenizer_train(captions, PICTURES, 5, fresh, &error));
+    INVALID("directory", wst_tokenizer_train(captions, PICTURES, 600, NULL, &error));
+    FAILS(WST_IO, "/nowhere", wst_tokenizer_train(captions, PICTURES, 600, "/nowhere", &error));
+    OK(wst_tokenizer_train(captions, PICTURES, 600, fresh, &error));
 }
 
 /* A host that pretends to be one of two ranks whose parts are alike: every sum is twice the number. */
@@ -333,6 +416,8 @@ int main(int argc, char **argv) {
         prepared(model);
         checkpoints(model, argv[2]);
         exported(model, argv[2]);
+        adapters(model, argv[1], argv[2]);
+        created(argv[1], argv[2]);
         ranks(model);
         threads(model);
         cancelled(model);
