@@ -8,6 +8,7 @@ import (
 	"image/color"
 	"image/png"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -187,6 +188,59 @@ func TestTrainCheckpoints(t *testing.T) {
 	if _, err := trained.Generate(context.Background(), "a red apple", WithStageC(2, 2), WithStageB(2, 1)); err != nil {
 		t.Error(err)
 	}
+}
+
+func TestTrainAdapters(t *testing.T) {
+	trainer := newTestTrainer(t, openTiny(t), StageC, WithTrainSetting("lora_rank", "2"), WithLearningRate(0.1))
+	mustStep(t, trainer)
+	mustStep(t, trainer)
+	folder := t.TempDir()
+	adapter, merged := filepath.Join(folder, "adapter.safetensors"), filepath.Join(folder, "merged")
+	if err := errors.Join(trainer.SaveAdapter(adapter), MergeAdapter(tinyModel, adapter, 1, merged)); err != nil {
+		t.Fatal(err)
+	}
+	draw := func(path string, options ...ModelOption) image.Image {
+		model, err := Open(path, options...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer model.Close()
+		images, err := model.Generate(context.Background(), "a red apple", WithStageC(3, 2), WithStageB(2, 1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return images[0]
+	}
+	plain, added := draw(tinyModel), draw(tinyModel, WithLora(adapter, 1))
+	if reflect.DeepEqual(plain, added) || !reflect.DeepEqual(added, draw(merged)) {
+		t.Error("an adapter beside the weights and one merged into them should draw the same, new picture")
+	}
+	wantStatus(t, newTestTrainer(t, openTiny(t), StageC).SaveAdapter(adapter), ErrUnsupported, "lora_rank")
+	wantStatus(t, MergeAdapter(tinyModel, "nothing.safetensors", 1, merged), ErrIO, "nothing")
+	_, err := Open(tinyModel, WithLora(adapter, float32(math.NaN())))
+	wantStatus(t, err, ErrInvalidArgument, "scale")
+}
+
+func TestCreateModel(t *testing.T) {
+	folder := filepath.Join(t.TempDir(), "new")
+	if err := CreateModel(tinyModel, folder, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(folder, "stage_c", "model.safetensors")), CreateModel(folder, folder, 1)); err != nil {
+		t.Fatal(err)
+	}
+	model, err := Open(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer model.Close()
+	mustStep(t, newTestTrainer(t, model, StageC))
+	wantStatus(t, CreateModel("/nowhere", folder, 1), ErrIO, "nowhere")
+	if err := TrainTokenizer([]string{"a red apple", "a green apple"}, 600, folder); err != nil {
+		t.Error(err)
+	}
+	wantStatus(t, TrainTokenizer([]string{"x"}, 5, folder), ErrInvalidArgument, "vocabulary")
+	wantStatus(t, TrainTokenizer(nil, 600, folder), ErrInvalidArgument, "count")
 }
 
 // twice pretends to be one of two ranks whose parts are alike.

@@ -42,6 +42,7 @@ impl Handle for wst_error {}
 pub(super) fn status_of(error: &Error) -> wst_status {
     match error {
         Error::InvalidArgument { .. } => WST_INVALID_ARGUMENT,
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::OutOfMemory => WST_OUT_OF_MEMORY,
         Error::Io { .. } => WST_IO,
         Error::Format { .. } => WST_FORMAT,
         Error::Unsupported { .. } => WST_UNSUPPORTED,

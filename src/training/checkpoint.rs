@@ -86,7 +86,14 @@ impl Trainer {
     /// `Io`; `Format`, naming the file and the tensor or field, for a checkpoint of another stage or of networks of
     /// other sizes. After an error the trainer is as it was.
     pub fn load(&mut self, folder: &Path) -> Result<()> {
-        run_apart_with_reserve("a checkpoint", LISTS_BYTES, || self.load_here(&whole_folder(folder)?))
+        let mut loaded = false;
+        let outcome = run_apart_with_reserve("a checkpoint", LISTS_BYTES, || {
+            self.load_here(&whole_folder(folder)?)?;
+            loaded = true;
+            Ok(())
+        });
+        // What was loaded is there, even if the lists on the way took the last memory there was.
+        if loaded { Ok(()) } else { outcome }
     }
 
     fn load_here(&mut self, folder: &Path) -> Result<()> {
@@ -129,7 +136,9 @@ impl Trainer {
         self.average.of = average;
         self.progress = state.progress;
         self.data_position = state.data;
-        self.reload()
+        // The weights have changed: networks that cannot be loaded for want of memory are loaded by the next step.
+        let _ = self.reload();
+        Ok(())
     }
 
     fn read_state(&self, path: &Path) -> Result<State> {

@@ -35,6 +35,8 @@ pub struct Trainer {
     pub(super) data_position: Option<serde_json::Value>,
     reduce: Option<Arc<dyn Reduce>>,
     cancel: CancelToken,
+    /// The networks are not loaded over the parameters as they are now.
+    stale: bool,
 }
 
 /// Where training stands.
@@ -97,6 +99,7 @@ impl Trainer {
             data_position: None,
             reduce: None,
             cancel: CancelToken::new(),
+            stale: true,
         };
         trainer.reload()?;
         Ok(trainer)
@@ -202,10 +205,23 @@ impl Trainer {
             let expected = format!("at least {parts}, as grad_accumulation says");
             return Err(Error::argument("samples", expected, samples.len()));
         }
-        run_apart_with_reserve("a training step", LISTS_BYTES, || self.step_here(samples))
+        let mut taken = None;
+        let outcome = run_apart_with_reserve("a training step", LISTS_BYTES, || {
+            taken = Some(self.step_here(samples)?);
+            Ok(())
+        });
+        // A step that changed the weights counts, even if its lists took the last memory there was.
+        match (taken, outcome) {
+            (Some(metrics), _) => Ok(metrics),
+            (None, Err(error)) => Err(error),
+            (None, Ok(())) => Err(Error::internal("a training step", "it ended without a result")),
+        }
     }
 
     fn step_here(&mut self, samples: &[&Sample]) -> Result<TrainMetrics> {
+        if self.stale {
+            self.reload()?;
+        }
         let cx = self.context();
         let (ranks, rank) = self.reduce.as_ref().map_or((1, 0), |reduce| (reduce.ranks(), reduce.rank()));
         let whole = samples.len() * ranks;
@@ -289,15 +305,19 @@ impl Trainer {
                 .and_then(|()| {
                     self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
                 });
-        self.reload()?;
+        // The weights have changed: networks that cannot be loaded for want of memory are loaded by the next step.
+        let _ = self.reload();
         updated
     }
 
     /// Loads the networks over the parameters as they are now.
     pub(super) fn reload(&mut self) -> Result<()> {
+        self.stale = true;
         self.task.unload();
         self.parameters.round_to(self.options.compute_dtype)?;
-        self.task.load(&self.parameters)
+        self.task.load(&self.parameters)?;
+        self.stale = false;
+        Ok(())
     }
 
     pub(super) fn context(&self) -> Context {

@@ -98,6 +98,7 @@ build train_wrapper train_wrapper.cpp
 check "build load.c" $CC -std=gnu99 -Wall -Wextra -Werror -g -I"$root/include" "$here/load.c" -o "$work/load" -ldl
 check "build failing_malloc.c" $CC -std=gnu11 -Wall -Wextra -Werror -fno-builtin -shared -fPIC "$here/failing_malloc.c" -o "$work/libfailing_malloc.so"
 check "build memory.c" $CC $c -g "$here/memory.c" -o "$work/memory" "$work/libfailing_malloc.so" $link
+check "build train_memory.c" $CC $c -g "$here/train_memory.c" -o "$work/train_memory" "$work/libfailing_malloc.so" $link
 check "build minimal.c" $CC $c "$root/examples/c/minimal.c" -o "$work/minimal" $link
 
 program arguments "$work/arguments" "$MODEL" "$work/scratch"
@@ -128,6 +129,9 @@ memory memory "$MODEL" "${MEMORY_RUNS:-1000000}"
 memory "memory, small blocks" "$MODEL" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=33
 memory "memory, v2" "$V2/model" "${MEMORY_RUNS:-1000000}"
 memory "memory, v2, small blocks" "$V2/model" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=33
+# The smallest model: its tensors are small blocks too.
+program "train_memory" env LD_PRELOAD="$work/libfailing_malloc.so" WST_FAIL_BYTES=1024 \
+    "$work/train_memory" "$TINY" "$(fresh)" "${MEMORY_RUNS:-100}"
 
 if [ -z "${QUICK:-}" ]; then
     sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all"

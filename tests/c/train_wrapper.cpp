@@ -66,6 +66,23 @@ static void steps(const wst::Model &model, const std::string &scratch) {
     CHECK(wst::Model(scratch + "/exported").info().generation == 1);
 }
 
+static void folders(const wst::Model &model, const std::string &base, const std::string &scratch) {
+    const auto images = pictures();
+    const std::vector<std::string> captions{"a red apple", "", "a dog"};
+    wst::Trainer trainer(model, quick(WST_STAGE_C).set("lora_rank", "2"));
+    trainer.step(images, captions);
+    const std::string adapter = scratch + "/adapter.safetensors", merged = scratch + "/merged", fresh = scratch + "/fresh";
+    trainer.save_adapter(adapter);
+    wst::merge_adapter(base, adapter, 0.5f, merged);
+    wst::ModelOptions options;
+    options.add_lora(adapter, 0.5f);
+    CHECK(wst::Model(merged).info().stage_c_parameters == wst::Model(base, options).info().stage_c_parameters);
+    wst::create_model(base, fresh, 1);
+    wst::train_tokenizer(captions, 600, fresh + "/tokenizer");
+    CHECK(wst::Model(fresh).info().generation == 1);
+    CHECK(status_of([&] { wst::create_model("/nowhere", fresh, 1); }) == WST_IO);
+}
+
 static void sums(const wst::Model &model) {
     const auto images = pictures();
     const std::vector<std::string> captions{"a red apple", "", "a dog"};
@@ -147,6 +164,7 @@ int main(int argc, char **argv) {
     try {
         const wst::Model model(argv[1]);
         steps(model, argv[2]);
+        folders(model, argv[1], argv[2]);
         sums(model);
         loaders(model, argv[2]);
     } catch (const std::exception &error) {
