@@ -166,6 +166,20 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
     fold(lanes)
 }
 
+/// The largest, of numbers: what is none is passed over.
+#[inline(always)]
+pub(crate) fn maximum(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    lanes.into_iter().fold(rest, f32::max)
+}
+
 /// The sum of `(x - mean)^2`, in an order that only the length decides.
 #[inline(always)]
 pub(crate) fn sum_squares<const FMA: bool>(x: &[f32], mean: f32) -> f32 {

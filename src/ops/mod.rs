@@ -8,6 +8,7 @@ pub mod batch;
 pub(crate) mod check;
 pub mod conv2d;
 pub mod conv_transpose2d;
+pub mod cross_entropy;
 pub mod depthwise_conv;
 pub mod elementwise;
 pub mod embedding;

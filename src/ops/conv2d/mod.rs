@@ -1,13 +1,14 @@
 //! Dense convolution: patches gathered into rows, then a matrix product, some rows at a time.
 
 mod cpu;
+pub(crate) mod gradient;
 
 use crate::device::Context;
 use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
 pub use crate::ops::linear::Epilogue;
-use crate::ops::linear::{Rows, product};
+use crate::ops::linear::{Rows, gradient as products, product};
 use crate::tensor::{DType, Tensor};
 
 /// Numbers of gathered patches that are held at a time: 4 MiB.
@@ -35,20 +36,30 @@ pub struct Conv2d<'a> {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together, the kernel is larger than the padded image or the stride is 0.
 pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
-    let sizes = Sizes::new(x, p)?;
+    let (input, weight) = (x.dims_of("conv2d input")?, p.weight.dims_of("conv2d weight")?);
+    let sizes = Sizes::new(input, weight, p.stride, p.padding)?;
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     if let Some(residual) = p.epilogue.residual.filter(|r| r.dims() != dims) {
         return Err(Error::argument("conv2d residual", format!("{dims:?}"), residual.shape()));
     }
+    if products::records(cx, &[Some(x), Some(p.weight)], &p.epilogue) {
+        return gradient::recorded(cx, x, p, sizes);
+    }
+    compute(cx, x, p.weight, &p.epilogue, &sizes)
+}
+
+/// [`conv2d`] without a tape.
+fn compute(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue, sizes: &Sizes) -> Result<Tensor> {
+    let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     let per_sample = sizes.out_height * sizes.out_width;
     let input = x.slice::<f32>()?;
     let mut out = Tensor::new(cx, "convolution", &dims, DType::F32)?;
     if sizes.is_pointwise() {
         let rows = Rows { values: input, channels: sizes.inputs, per_sample };
-        product(cx, &rows, p.weight, Layout::RowsAreOutputs, &p.epilogue, 0, out.slice_mut()?)?;
+        product(cx, &rows, weight, Layout::RowsAreOutputs, epilogue, 0, out.slice_mut()?)?;
         return Ok(out);
     }
-    let weight = reorder(cx, p.weight)?;
+    let weight = reorder(cx, weight)?;
     let inner = sizes.patch();
     let pixels = dims[..3].iter().product::<usize>();
     let chunk = (SCRATCH_ELEMENTS / inner.max(1)).clamp(1, pixels.max(1));
@@ -56,18 +67,25 @@ pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
     for (i, out) in out.slice_mut::<f32>()?.chunks_mut((chunk * dims[3]).max(1)).enumerate() {
         let (first, count) = (i * chunk, out.len() / dims[3]);
         let patches = &mut patches.slice_mut::<f32>()?[..count * inner];
-        let rows = kernels::rows_per_task(inner);
-        kernels::parallel_chunks(cx, patches, rows * inner, |task, part| {
-            cpu::gather(&sizes, input, first + task * rows, part);
-        })?;
+        fill_patches(cx, sizes, input, first, patches)?;
         let rows = Rows { values: patches, channels: inner, per_sample };
-        product(cx, &rows, &weight, Layout::RowsAreOutputs, &p.epilogue, first, out)?;
+        product(cx, &rows, &weight, Layout::RowsAreOutputs, epilogue, first, out)?;
     }
     Ok(out)
 }
 
+/// The patches of the output pixels from number `first` on, as many as fit.
+fn fill_patches(cx: &Context, sizes: &Sizes, input: &[f32], first: usize, patches: &mut [f32]) -> Result<()> {
+    let inner = sizes.patch();
+    let rows = kernels::rows_per_task(inner);
+    kernels::parallel_chunks(cx, patches, rows * inner, |task, part| {
+        cpu::gather(sizes, input, first + task * rows, part);
+    })
+}
+
 /// Sizes that are known to fit together.
-struct Sizes {
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
     height: usize,
     width: usize,
     inputs: usize,
@@ -80,28 +98,32 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(x: &Tensor, p: &Conv2d) -> Result<Self> {
-        let [_, height, width, inputs] = x.dims_of::<4>("conv2d input")?;
-        let [outputs, weight_inputs, kh, kw] = p.weight.dims_of::<4>("conv2d weight")?;
+    /// For an input `[N, H, W, I]` and a weight `[O, I, kh, kw]`.
+    ///
+    /// # Errors
+    /// As [`conv2d`].
+    pub(crate) fn new(input: [usize; 4], weight: [usize; 4], stride: usize, padding: usize) -> Result<Self> {
+        let [_, height, width, inputs] = input;
+        let [outputs, weight_inputs, kh, kw] = weight;
         if weight_inputs != inputs {
             let expected = format!("[O, {inputs}, kh, kw]");
-            return Err(Error::argument("conv2d weight", expected, p.weight.shape()));
+            return Err(Error::argument("conv2d weight", expected, format!("{weight:?}")));
         }
-        let (padded_height, padded_width) = (height + 2 * p.padding, width + 2 * p.padding);
-        if p.stride == 0 || kh == 0 || kw == 0 || kh > padded_height || kw > padded_width {
+        let (padded_height, padded_width) = (height + 2 * padding, width + 2 * padding);
+        if stride == 0 || kh == 0 || kw == 0 || kh > padded_height || kw > padded_width {
             let expected = format!("a stride and a kernel within 1 .. {padded_height} x {padded_width}");
-            return Err(Error::argument("conv2d", expected, format!("{kh} x {kw}, stride {}", p.stride)));
+            return Err(Error::argument("conv2d", expected, format!("{kh} x {kw}, stride {stride}")));
         }
         Ok(Sizes {
             height,
             width,
             inputs,
-            out_height: (padded_height - kh) / p.stride + 1,
-            out_width: (padded_width - kw) / p.stride + 1,
+            out_height: (padded_height - kh) / stride + 1,
+            out_width: (padded_width - kw) / stride + 1,
             outputs,
             kernel: [kh, kw],
-            stride: p.stride,
-            padding: p.padding,
+            stride,
+            padding,
         })
     }
 

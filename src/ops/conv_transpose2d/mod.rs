@@ -2,12 +2,14 @@
 //! same taps, so each of the s x s phases is a small dense convolution (the 4 x 4 stride 2 one: four of 2 x 2).
 
 mod cpu;
+pub(crate) mod gradient;
 
 use crate::device::Context;
 use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
 use crate::ops::linear::{Epilogue, Rows, product};
+use crate::tensor::autograd::records;
 use crate::tensor::{DType, Tensor};
 
 /// Numbers that are held at a time: 4 MiB.
@@ -37,20 +39,35 @@ pub struct ConvTranspose2d<'a> {
 /// left of the output.
 pub fn conv_transpose2d(cx: &Context, x: &Tensor, p: &ConvTranspose2d) -> Result<Tensor> {
     let sizes = Sizes::new(x, p)?;
+    if records(cx, &[Some(x), Some(p.weight), p.bias]) {
+        return gradient::recorded(cx, x, p, &sizes);
+    }
+    compute(cx, x, p.weight, p.bias, &sizes)
+}
+
+/// [`conv_transpose2d`] without a tape.
+fn compute(
+    cx: &Context,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    sizes: &Sizes,
+) -> Result<Tensor> {
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     let input = x.slice::<f32>()?;
-    let weights = reorder(cx, p.weight, &sizes)?;
+    let weights = reorder(cx, weight, sizes)?;
     let mut out = Tensor::new(cx, "transposed convolution", &dims, DType::F32)?;
     let line = sizes.out_width * sizes.outputs;
     let taps = sizes.taps(0, 0) * sizes.taps(1, 0);
-    let widest = sizes.out_width.div_ceil(p.stride) * (sizes.outputs + taps * sizes.inputs);
-    let lines = (SCRATCH_ELEMENTS / widest.max(1)).max(1) * p.stride;
+    let stride = sizes.stride;
+    let widest = sizes.out_width.div_ceil(stride) * (sizes.outputs + taps * sizes.inputs);
+    let lines = (SCRATCH_ELEMENTS / widest.max(1)).max(1) * stride;
     for (n, image) in out.slice_mut::<f32>()?.chunks_exact_mut((sizes.out_height * line).max(1)).enumerate() {
         let input = &input[n * sizes.height * sizes.width * sizes.inputs..];
         for (i, band) in image.chunks_mut(lines * line).enumerate() {
             for (phase, weight) in weights.iter().enumerate() {
-                let at = Phase::new(&sizes, phase, i * lines, band.len() / line);
-                one_phase(cx, input, &sizes, &at, weight, p.bias, band)?;
+                let at = Phase::new(sizes, phase, i * lines, band.len() / line);
+                one_phase(cx, input, sizes, &at, weight, bias, band)?;
             }
         }
     }
@@ -128,7 +145,7 @@ impl Sizes {
 
     /// How many of the kernel's places along `axis` are `residue` modulo the stride.
     fn taps(&self, axis: usize, residue: usize) -> usize {
-        (self.kernel[axis] - residue).div_ceil(self.stride)
+        self.kernel[axis].saturating_sub(residue).div_ceil(self.stride)
     }
 }
 

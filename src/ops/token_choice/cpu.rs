@@ -4,7 +4,7 @@ use crate::device::Context;
 use crate::device::scratch::SharedMut;
 use crate::device::simd::exp;
 use crate::error::Result;
-use crate::ops::kernels::{self, dot, mul_add, per_cpu};
+use crate::ops::kernels::{self, dot, maximum, mul_add, per_cpu};
 use crate::ops::vector_quantize;
 
 use super::NO_TOKEN;
@@ -98,19 +98,6 @@ fn all_finite_body<const FMA: bool>(x: &[f32]) -> bool {
 per_cpu! {
     /// Whether every value is a finite number.
     fn all_finite(x: &[f32]) -> bool = all_finite_body
-}
-
-#[inline(always)]
-fn maximum(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 32];
-    let chunks = x.chunks_exact(32);
-    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for chunk in chunks {
-        for i in 0..32 {
-            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
-        }
-    }
-    lanes.into_iter().fold(rest, f32::max)
 }
 
 #[inline(always)]
