@@ -5,6 +5,8 @@
 //! anywhere, in any order, with the same bits. The normals use only IEEE f64 `+ - * / sqrt`, each rounded once,
 //! so that a GPU kernel that forbids contraction gives the same bits too.
 
+use crate::simd_dispatch;
+
 /// The generator of one stream. Copying it copies no state, since it has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Philox {
@@ -35,6 +37,22 @@ impl Philox {
     /// Element `element` of the stream of words: lane `element % 4` of block `element / 4`.
     fn word(&self, element: u64) -> u32 {
         self.block(element >> 2)[(element & 3) as usize]
+    }
+
+    /// Writes elements `first_element..` of the stream of words.
+    pub fn fill_words(&self, out: &mut [u32], first_element: u64) {
+        let lead = (4 - (first_element & 3) as usize) % 4;
+        let (head, body) = out.split_at_mut(lead.min(out.len()));
+        for (i, word) in head.iter_mut().enumerate() {
+            *word = self.word(first_element + i as u64);
+        }
+        let first_block = (first_element + 3) >> 2;
+        let (groups, tail) = body.as_chunks_mut();
+        fill_blocks(*self, first_block, groups);
+        let first_block = first_block + (groups.len() * LANES) as u64;
+        for (i, words) in tail.chunks_mut(4).enumerate() {
+            words.copy_from_slice(&self.block(first_block + i as u64)[..words.len()]);
+        }
     }
 
     /// A number in `[0, 1)`: a multiple of 2^-24.
@@ -92,6 +110,42 @@ fn philox(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     counter
+}
+
+/// Blocks that are computed side by side.
+const LANES: usize = 16;
+
+simd_dispatch! {
+    /// The words of [`LANES`] blocks for each group, from block `first` on.
+    fn fill_blocks<const FMA: bool>(rng: Philox, first: u64, groups: &mut [[u32; 4 * LANES]]) {
+        for (i, group) in groups.iter_mut().enumerate() {
+            let first = first + (i * LANES) as u64;
+            let mut counters = [[0; LANES], [0; LANES], [rng.stream[0]; LANES], [rng.stream[1]; LANES]];
+            for lane in 0..LANES {
+                [counters[0][lane], counters[1][lane]] = words(first + lane as u64);
+            }
+            philox_lanes(rng.key, &mut counters);
+            for (lane, block) in group.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                *block = [counters[0][lane], counters[1][lane], counters[2][lane], counters[3][lane]];
+            }
+        }
+    }
+}
+
+/// [`philox`] of several counters, word by word.
+#[inline(always)]
+fn philox_lanes(mut key: [u32; 2], [c0, c1, c2, c3]: &mut [[u32; LANES]; 4]) {
+    for _ in 0..ROUNDS {
+        for lane in 0..LANES {
+            let a = u64::from(MULTIPLIERS[0]) * u64::from(c0[lane]);
+            let b = u64::from(MULTIPLIERS[1]) * u64::from(c2[lane]);
+            c0[lane] = (b >> 32) as u32 ^ c1[lane] ^ key[0];
+            c1[lane] = b as u32;
+            c2[lane] = (a >> 32) as u32 ^ c3[lane] ^ key[1];
+            c3[lane] = a as u32;
+        }
+        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+    }
 }
 
 /// Two independent normals of two words.
@@ -220,6 +274,18 @@ mod tests {
         }
         assert_ne!(rng.normal(0), Philox::new(42, 8).normal(0));
         assert_ne!(rng.normal(0), Philox::new(43, 7).normal(0));
+    }
+
+    #[test]
+    fn words_are_the_same_however_they_are_drawn() {
+        let rng = Philox::new(42, 7);
+        for first in [0u64, 1, 3, 4, (1 << 34) - 70, u64::from(u32::MAX)] {
+            for len in [0, 1, 5, 64, 67, 300] {
+                let mut out = vec![0; len];
+                rng.fill_words(&mut out, first);
+                assert!(out.iter().enumerate().all(|(i, &word)| word == rng.word(first + i as u64)));
+            }
+        }
     }
 
     #[test]
