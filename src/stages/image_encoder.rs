@@ -171,7 +171,7 @@ impl ConvNorm {
 impl Residual<'_> {
     fn add(&self, cx: &Context, y: Tensor) -> Result<Tensor> {
         let y = match self.factors {
-            Some(factors) => scale_samples(cx, y, factors)?,
+            Some(factors) => scale_samples(cx, &y, factors)?,
             None => y,
         };
         add(cx, &y, self.input)

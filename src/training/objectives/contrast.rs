@@ -4,7 +4,7 @@
 use crate::device::Context;
 use crate::error::Result;
 use crate::nn::{Linear, Mode};
-use crate::ops::contrast::{Contrast, contrastive_loss};
+use crate::ops::contrast::{ContrastiveLoss, contrastive_loss};
 use crate::ops::pool::pool;
 use crate::ops::select::select_tokens;
 use crate::stages::image_encoder::ImageEncoder;
@@ -65,7 +65,7 @@ impl Pair {
     ///
     /// # Errors
     /// As [`Pair::embed_images`].
-    pub fn loss(&self, cx: &Context, batch: &Batch, mode: Mode) -> Result<Contrast> {
+    pub fn loss(&self, cx: &Context, batch: &Batch, mode: Mode) -> Result<ContrastiveLoss> {
         let images = self.embed_images(cx, batch.pixels, mode)?;
         let texts = self.embed_texts(cx, batch.ids, batch.ends)?;
         contrastive_loss(cx, &images, &texts, &self.log_temperature)

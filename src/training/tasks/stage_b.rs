@@ -119,7 +119,7 @@ impl Task for StageBTask {
         pass.backward(&tape, &found.loss)?;
         Ok(Measured {
             loss: f64::from(found.loss.slice::<f32>()?[0]),
-            accuracy: f64::from(found.accuracy),
+            accuracy: found.correct as f64 / tokens.elements() as f64,
             seen: training.into_seen(),
         })
     }
