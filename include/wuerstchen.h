@@ -238,7 +238,7 @@ wst_status wst_image_new(uint32_t width,
                          wst_error **error);
 
 /**
- * Reads a PNG or JPEG file.
+ * Reads a PNG, JPEG or WebP file.
  *
  * Owner: the caller frees `*out` with wst_image_free.
  * Threads: any.

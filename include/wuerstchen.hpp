@@ -156,7 +156,7 @@ public:
         detail::call(wst_image_new, width, height, rgb.data(), row_stride, &image);
         image_.reset(image);
     }
-    /// Reads a PNG or JPEG file.
+    /// Reads a PNG, JPEG or WebP file.
     [[nodiscard]] static Image read(const std::string &path) {
         wst_image *image = nullptr;
         detail::call(wst_image_read, detail::c_str("path", path), &image);

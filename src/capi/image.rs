@@ -60,7 +60,7 @@ pub unsafe extern "C" fn wst_image_new(
     }
 }
 
-/// Reads a PNG or JPEG file.
+/// Reads a PNG, JPEG or WebP file.
 ///
 /// Owner: the caller frees `*out` with wst_image_free.
 /// Threads: any.

@@ -1,4 +1,4 @@
-//! Picture files: PNG and JPEG in, PNG out.
+//! Picture files: PNG, JPEG and WebP in, PNG out.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Cursor, ErrorKind, Write};
@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::{PngDecoder, PngEncoder};
+use image::codecs::webp::WebPDecoder;
 use image::{ColorType, ExtendedColorType, ImageDecoder, ImageEncoder, ImageError, Limits};
 
 use super::{Image, MAX_SIDE_PX, RGB};
@@ -30,21 +31,35 @@ const JPEG_MAGIC: &[u8] = &[0xFF, 0xD8, 0xFF];
 const JPEG_SCAN: [u8; 2] = [0xFF, 0xDA];
 const JPEG_END: [u8; 2] = [0xFF, 0xD9];
 
-const EXPECTED: &str = "a whole PNG or JPEG picture";
+/// WebP's container: its name, the number of bytes after these eight, the name of the content.
+const WEBP_RIFF: &[u8] = b"RIFF";
+const WEBP_MAGIC: &[u8] = b"WEBP";
+
+const EXPECTED: &str = "a whole PNG, JPEG or WebP picture";
 
 impl Image {
-    /// Reads a PNG or JPEG file. 16-bit and grey pictures are converted, transparent ones laid over white;
+    /// Reads a PNG, JPEG or WebP file. 16-bit and grey pictures are converted, transparent ones laid over white;
     /// an orientation in the file's metadata is ignored.
     ///
     /// # Errors
-    /// `Io`; `Format` if it is damaged, of another format, or larger than [`MAX_SIDE_PX`] on a side;
+    /// `Io`; `Format` if it is damaged, of another format, animated, or larger than [`MAX_SIDE_PX`] on a side;
     /// `OutOfMemory`.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let content = files::read(path, FILE_MAX_BYTES)?;
-        // Both decoders copy the file.
-        let bytes = content.bytes().len() * 2 + DECODER_MAX_BYTES as usize;
-        files::guarded(path, EXPECTED, bytes, || decode(path, content.bytes()))
+        Self::decode(path, content.bytes(), u64::from(MAX_SIDE_PX).pow(2))
+    }
+
+    /// The picture that the content of a PNG, JPEG or WebP file holds, as [`Image::read`] reads it. `place` names it
+    /// in errors.
+    ///
+    /// # Errors
+    /// `Format` if it is damaged, of another format, animated, larger than [`MAX_SIDE_PX`] on a side or than
+    /// `max_pixels` pixels in all; `OutOfMemory`.
+    pub fn decode(place: &Path, content: &[u8], max_pixels: u64) -> Result<Self> {
+        // The decoders copy the file.
+        let bytes = content.len().saturating_mul(2).saturating_add(DECODER_MAX_BYTES as usize);
+        files::guarded(place, EXPECTED, bytes, || decode(place, content, max_pixels))
     }
 
     /// Writes a PNG file. The file appears under its name only when it is complete.
@@ -112,17 +127,25 @@ fn create_beside(target: &Path) -> std::io::Result<(PathBuf, File)> {
     }
 }
 
-fn decode(path: &Path, content: &[u8]) -> Result<Image> {
+fn decode(path: &Path, content: &[u8], max_pixels: u64) -> Result<Image> {
     let wrong = |error: ImageError| Error::format(path.display().to_string(), EXPECTED, error);
     if content.starts_with(PNG_MAGIC) {
         let mut limits = Limits::no_limits();
         limits.max_alloc = Some(DECODER_MAX_BYTES);
         let decoder = PngDecoder::with_limits(Cursor::new(content), limits).map_err(wrong)?;
-        return convert(path, decoder);
+        return convert(path, decoder, max_pixels);
     }
     if content.starts_with(JPEG_MAGIC) {
         check_jpeg_is_whole(path, content)?;
-        return convert(path, JpegDecoder::new(Cursor::new(content)).map_err(wrong)?);
+        return convert(path, JpegDecoder::new(Cursor::new(content)).map_err(wrong)?, max_pixels);
+    }
+    if content.starts_with(WEBP_RIFF) && content.get(8..12) == Some(WEBP_MAGIC) {
+        check_webp_is_whole(path, content)?;
+        let decoder = WebPDecoder::new(Cursor::new(content)).map_err(wrong)?;
+        if decoder.has_animation() {
+            return Err(Error::format(path.display().to_string(), EXPECTED, "an animation"));
+        }
+        return convert(path, decoder, max_pixels);
     }
     let start: Vec<u8> = content.iter().take(PNG_MAGIC.len()).copied().collect();
     Err(Error::format(path.display().to_string(), EXPECTED, format!("a file that starts with {start:02X?}")))
@@ -137,19 +160,33 @@ fn check_jpeg_is_whole(path: &Path, content: &[u8]) -> Result<()> {
     Err(Error::format(path.display().to_string(), EXPECTED, "a JPEG picture without its end"))
 }
 
+/// A file that was cut off in its last chunk may decode to something.
+fn check_webp_is_whole(path: &Path, content: &[u8]) -> Result<()> {
+    let bytes = content.get(4..8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes);
+    if content.len() - 8 >= bytes as usize {
+        return Ok(());
+    }
+    let found = format!("{} of {} bytes", content.len(), u64::from(bytes) + 8);
+    Err(Error::format(path.display().to_string(), EXPECTED, found))
+}
+
 /// Decodes to RGB.
-fn convert(path: &Path, decoder: impl ImageDecoder) -> Result<Image> {
+fn convert(path: &Path, decoder: impl ImageDecoder, max_pixels: u64) -> Result<Image> {
     let place = path.display().to_string();
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 || width > MAX_SIDE_PX || height > MAX_SIDE_PX {
         let expected = format!("a picture of 1 to {MAX_SIDE_PX} pixels on each side");
         return Err(Error::format(place, expected, format!("{width} x {height}")));
     }
+    if u64::from(width) * u64::from(height) > max_pixels {
+        let expected = format!("a picture of at most {max_pixels} pixels");
+        return Err(Error::format(place, expected, format!("{width} x {height}")));
+    }
     let colour = decoder.color_type();
     let bytes =
         usize::try_from(decoder.total_bytes()).map_err(|_| Error::out_of_memory(&place, usize::MAX))?;
     let mut raw = Buffer::new(&place, bytes)?;
-    // JPEG decoders keep coefficients, four bytes each, besides the pixels.
+    // JPEG decoders keep coefficients, four bytes each, besides the pixels; WebP's less.
     reserve::with(&place, bytes.saturating_mul(4), || {
         decoder.read_image(raw.bytes_mut()).map_err(|error| Error::format(&place, EXPECTED, error))
     })?;

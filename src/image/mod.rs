@@ -3,11 +3,13 @@
 mod compose;
 mod files;
 mod preprocess;
+mod square;
 
 use std::sync::Arc;
 
 pub use compose::{from_pixels, to_mask, to_pixels};
 pub use preprocess::{Fit, Normalisation, preprocess, to_image};
+pub use square::{Along, Flip, Square};
 
 use crate::device::Buffer;
 use crate::error::{Error, Result};

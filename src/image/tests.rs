@@ -214,3 +214,49 @@ fn a_failed_write_leaves_nothing() {
     assert!(Path::new("/dev/full").exists());
     assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 0);
 }
+
+/// Files that libwebp wrote: 24 x 16 pixels, red 10 x, green 15 y, blue 128; `alpha` half transparent.
+const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/pictures");
+
+#[test]
+fn webp_is_read() {
+    for (name, alpha) in [("lossy.webp", 1.0), ("alpha.webp", 128.0 / 255.0)] {
+        let image = Image::read(Path::new(PICTURES).join(name)).unwrap();
+        assert_eq!((image.width(), image.height()), (24, 16), "{name}");
+        let mut sum = 0.0;
+        for (i, pixel) in image.data().chunks_exact(RGB).enumerate() {
+            let want = [i % 24 * 10, i / 24 * 15, 128].map(|v| v as f64 * alpha + 255.0 * (1.0 - alpha));
+            sum += pixel.iter().zip(want).map(|(&got, want)| (f64::from(got) - want).abs()).sum::<f64>();
+        }
+        assert!(sum / (24.0 * 16.0 * 3.0) < 6.0, "{name}: {sum}");
+    }
+    let folder = Folder::new("webp");
+    let image = gradient(19, 11);
+    let mut lossless = Vec::new();
+    image::codecs::webp::WebPEncoder::new_lossless(&mut lossless)
+        .write_image(image.data(), 19, 11, ExtendedColorType::Rgb8)
+        .unwrap();
+    assert_eq!(Image::read(folder.file("a.webp", &lossless)).unwrap().data(), image.data());
+    let message = Image::read(Path::new(PICTURES).join("animation.webp")).unwrap_err().to_string();
+    assert!(message.contains("animation"), "{message}");
+    let lossy = std::fs::read(Path::new(PICTURES).join("lossy.webp")).unwrap();
+    for good in [&lossless, &lossy] {
+        for len in 0..good.len() {
+            Image::read(folder.file("cut.webp", &good[..len])).unwrap_err();
+        }
+        // Damage may go unnoticed, but not end the process.
+        for bit in 0..good.len() * 8 {
+            let mut bytes = good.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            drop(Image::decode(Path::new("damaged"), &bytes, 1 << 20));
+        }
+    }
+}
+
+#[test]
+fn pictures_of_too_many_pixels_are_refused_before_they_are_decoded() {
+    let bytes = png(gradient(9, 8).data(), ExtendedColorType::Rgb8, 9, 8);
+    assert!(Image::decode(Path::new("a"), &bytes, 72).is_ok());
+    let message = Image::decode(Path::new("a"), &bytes, 71).unwrap_err().to_string();
+    assert!(message.contains("at most 71 pixels, found 9 x 8"), "{message}");
+}

@@ -10,6 +10,7 @@
 
 mod average;
 mod checkpoint;
+pub mod data;
 mod draws;
 mod export;
 pub mod objectives;

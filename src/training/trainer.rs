@@ -158,6 +158,17 @@ impl Trainer {
         })
     }
 
+    /// A sample with another caption: its picture is not looked at again.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for text that the tokenizer cannot split; `OutOfMemory`.
+    pub fn recaption(&self, sample: &Sample, caption: &str) -> Result<Sample> {
+        run_apart_with_reserve("a caption", LISTS_BYTES, || {
+            let text = self.task.caption(&self.context(), &self.model, caption)?;
+            Ok(Sample { text, ..sample.clone() })
+        })
+    }
+
     /// One step of the optimiser over a batch.
     ///
     /// # Errors

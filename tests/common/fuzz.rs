@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use wuerstchen::Image;
 use wuerstchen::text::Tokenizer;
+use wuerstchen::training::data::{DataOptions, Loader, MetadataFilter, Passes};
 use wuerstchen::weights::config::{
     DiffNeXtConfig, ImageEncoderConfig, ModelIndex, SchedulerConfig, StageAConfig, StageBConfig,
     StageCConfig, TextEncoderConfig,
@@ -82,6 +83,31 @@ fn load_image(folder: &Path) -> wuerstchen::Result<()> {
     Ok(())
 }
 
+fn load_data(folder: &Path) -> wuerstchen::Result<()> {
+    let mut options = DataOptions::new(folder);
+    options.set_side(4)?;
+    options.set_passes(Passes::One);
+    options.set_filter(MetadataFilter { max_pwatermark: Some(0.5), ..Default::default() })?;
+    let mut loader = Loader::new(&options)?;
+    while loader.next_batch()?.is_some() {}
+    Ok(())
+}
+
+/// A shard of two records, one with a long name and one with extended headers.
+fn small_shard(picture: &[u8]) -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    for key in ["long/".repeat(30), "short".to_owned()] {
+        for (kind, content) in [("jpg", picture), ("txt", b"a caption"), ("json", br#"{"pwatermark": 0.1}"#)]
+        {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(content.len() as u64);
+            archive.append_pax_extensions([("mtime", b"1700000000.5".as_slice())]).unwrap();
+            archive.append_data(&mut header, format!("{key}x.{kind}"), content).unwrap();
+        }
+    }
+    archive.into_inner().unwrap()
+}
+
 /// A safetensors file of a few small tensors of several types.
 pub fn small_safetensors() -> Vec<u8> {
     let header = concat!(
@@ -126,17 +152,34 @@ fn pictures() -> Vec<Seed> {
         encoder.encode(&data[..40 * 24 * bytes], 40, 24, colour).unwrap();
         out
     };
+    let webp = |name: &str| std::fs::read(format!("{ROOT}/tests/fixtures/pictures/{name}.webp")).unwrap();
+    let lossless = |colour, bytes: usize| {
+        let mut out = Vec::new();
+        let encoder = codecs::webp::WebPEncoder::new_lossless(&mut out);
+        encoder.write_image(&data[..20 * 12 * bytes], 20, 12, colour).unwrap();
+        out
+    };
+    let shard = small_shard(&jpeg(ExtendedColorType::L8, 1));
+    let line = br#"{"file_name": "0.png", "text": "a caption", "pwatermark": 0.1}"#.to_vec();
+    let listed = vec![("captions.jsonl", line), ("0.png", png(ExtendedColorType::L8, 1))];
+    let mut seeds = vec![
+        Seed { name: "shard", files: vec![("0.tar", shard)], load: load_data },
+        Seed { name: "listed pictures", files: listed, load: load_data },
+    ];
     let files = [
+        ("webp lossy", webp("lossy")),
+        ("webp with alpha", webp("alpha")),
+        ("webp rgb", lossless(ExtendedColorType::Rgb8, 3)),
+        ("webp rgba", lossless(ExtendedColorType::Rgba8, 4)),
         ("png rgb8", png(ExtendedColorType::Rgb8, 3)),
         ("png rgba16", png(ExtendedColorType::Rgba16, 8)),
         ("png grey", png(ExtendedColorType::L8, 1)),
         ("jpeg rgb", jpeg(ExtendedColorType::Rgb8, 3)),
         ("jpeg grey", jpeg(ExtendedColorType::L8, 1)),
     ];
-    files
-        .into_iter()
-        .map(|(name, content)| Seed { name, files: vec![("picture", content)], load: load_image })
-        .collect()
+    let picture = |(name, content)| Seed { name, files: vec![("picture", content)], load: load_image };
+    seeds.extend(files.into_iter().map(picture));
+    seeds
 }
 
 fn corpus() -> Vec<Seed> {
@@ -287,6 +330,16 @@ pub fn mend_safetensors(bytes: &mut [u8], change: isize) {
     }
 }
 
+/// Makes the sums of all headers right, so that the fields behind them are reached.
+fn mend_tar(bytes: &mut [u8]) {
+    for header in bytes.as_chunks_mut::<512>().0.iter_mut().filter(|block| block[257..].starts_with(b"ustar"))
+    {
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+}
+
 /// Runs `cases` cases; the same seed gives the same cases.
 pub fn fuzz_files(cases: u64, seed: u64) -> Report {
     let seeds = corpus();
@@ -315,6 +368,7 @@ pub fn fuzz_files(cases: u64, seed: u64) -> Report {
                 let change = bytes.len() as isize - original.len() as isize;
                 mend_safetensors(&mut bytes, change);
             }
+            _ if name.ends_with(".tar") => mend_tar(&mut bytes),
             _ => {}
         }
         std::fs::write(folder.join(name), &bytes).unwrap();

@@ -69,6 +69,14 @@ pub(super) trait Task: Send + Sync {
     /// `InvalidArgument` for pictures that the stage cannot take; `OutOfMemory`; `Cancelled`.
     fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>>;
 
+    /// A caption as [`Task::prepare`] keeps it; nothing if the stage reads none.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for text that the tokenizer cannot split; `OutOfMemory`.
+    fn caption(&self, _cx: &Context, _model: &Model, _caption: &str) -> Result<Option<(Tensor, usize)>> {
+        Ok(None)
+    }
+
     /// Loads the networks over the parameters.
     ///
     /// # Errors

@@ -69,6 +69,10 @@ impl Task for StageBTask {
         Ok(samples.map(sample).collect())
     }
 
+    fn caption(&self, cx: &Context, model: &Model, caption: &str) -> Result<Option<(Tensor, usize)>> {
+        Ok(texts_apart(&model.token_ids(cx, Stage::B, &[caption])?)?.pop())
+    }
+
     fn load(&mut self, parameters: &Parameters) -> Result<()> {
         let all = Params::new(parameters);
         let encoder = ImageEncoder::load(&all.sub(ENCODER_PREFIX), self.encoder_config.clone())?;

@@ -8,6 +8,7 @@ use crate::image::Image;
 use crate::nn::Params;
 use crate::pipeline::{Model, Stage, TokenIds};
 use crate::stages::stage_c::{StageC, StageCConfig};
+use crate::tensor::Tensor;
 use crate::training::draws::Use;
 use crate::training::export::TrainedPart;
 use crate::training::objectives::stage_c::{Batch, loss};
@@ -43,6 +44,10 @@ impl Task for StageCTask {
         let texts = texts_apart(&model.token_ids(cx, Stage::C, captions)?)?;
         let samples = apart(&latents)?.into_iter().zip(texts);
         Ok(samples.map(|(latents, text)| Sample { latents: Some(latents), text: Some(text), ..Sample::default() }).collect())
+    }
+
+    fn caption(&self, cx: &Context, model: &Model, caption: &str) -> Result<Option<(Tensor, usize)>> {
+        Ok(texts_apart(&model.token_ids(cx, Stage::C, &[caption])?)?.pop())
     }
 
     fn load(&mut self, parameters: &Parameters) -> Result<()> {
