@@ -279,6 +279,11 @@ impl StageA {
         self.decode(cx, &scaled)
     }
 
+    /// The weight of the decoder's last layer: where the weight of an adversarial loss is measured.
+    pub fn last_weight(&self) -> &Tensor {
+        self.decoder_out.weight()
+    }
+
     /// Pixels of codebook vectors, not clamped.
     ///
     /// # Shapes
@@ -305,7 +310,7 @@ impl StageA {
         Ok(x)
     }
 
-    /// The last layer of the decoder: features to pixels. The weight of the adversarial loss is measured here.
+    /// The last layer of the decoder: features to pixels.
     ///
     /// # Shapes
     /// `[N, h, w, channels] -> [N, 2 h, 2 w, 3]`

@@ -28,6 +28,8 @@ pub enum Use {
     Depth,
     /// Which encoder outputs dead codes become.
     Codes,
+    /// The first weights of a discriminator.
+    Discriminator,
 }
 
 /// The samples of one batch, or of a part of it.
@@ -49,6 +51,11 @@ impl Draws {
     fn generators(self, what: Use) -> impl Iterator<Item = Philox> {
         // 48 bits count samples: more than anybody trains on.
         (0..self.count as u64).map(move |i| Philox::new(self.seed, (what as u64) << 48 | (self.first + i)))
+    }
+
+    /// The numbers of the first sample.
+    pub fn first(self, what: Use) -> Philox {
+        Philox::new(self.seed, (what as u64) << 48 | self.first)
     }
 
     /// Number `place` in [0, 1) of each sample.

@@ -1,5 +1,6 @@
 //! From the folder of a part to its network: config to sizes, names to weights. Nothing here reads a weight.
 
+mod lpips;
 mod v1;
 mod v2;
 
@@ -15,7 +16,8 @@ use crate::text::{SpecialIds, Tokenizer};
 use crate::weights::config::{self, HiddenAct};
 use crate::weights::{Key, Renamed, STEMS, Weights, v1 as names};
 
-pub use v1::{ImagePart, image_encoder, stage_a, stage_b, stage_c};
+pub use lpips::perceptual;
+pub use v1::{ImagePart, discriminator, image_encoder, stage_a, stage_b, stage_c};
 pub use v2::{decoder, prior, scheduler, vq_model};
 
 /// A network and the mapped file that its weights lie in.
