@@ -4,8 +4,8 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod batch;
-pub mod binary_cross_entropy;
 pub mod batch_norm;
+pub mod binary_cross_entropy;
 #[cfg(test)]
 pub(crate) mod check;
 pub mod contrast;
