@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 use super::Case;
+use wuerstchen::Tensor;
 use wuerstchen::pipeline::load::Keys;
 use wuerstchen::tensor::autograd::Gradients;
 use wuerstchen::training::parameters::Parameters;
@@ -10,6 +11,7 @@ use wuerstchen::training::parameters::Parameters;
 const GRADIENT_TOLERANCE: f64 = 1e-4;
 /// What rounding may leave where nothing should be, against the largest gradient of the case.
 const ZERO_TOLERANCE: f64 = 1e-5;
+
 /// A part of the model in training, with the names of the recorded tensors.
 pub struct Trained<'a> {
     /// Below which the parameters lie.
@@ -75,4 +77,23 @@ pub fn assert_scalar(what: &str, found: f64, expected: f32, tolerance: f64) {
     let expected = f64::from(expected);
     let error = (found - expected).abs() / expected.abs();
     assert!(error <= tolerance, "{what}: {found} instead of {expected}");
+}
+
+/// Compares the gradient of an input, in the recorded order of axes, with the recorded one.
+pub fn assert_input_gradient(case: &Case, name: &str, found: &[f32]) {
+    let expected = case.floats(name);
+    assert_eq!(found.len(), expected.len(), "{name}");
+    let scale = expected.iter().fold(0f64, |m, g| m.max(f64::from(*g).abs()));
+    for (i, (got, want)) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(*got) - f64::from(*want)).abs();
+        assert!(error <= GRADIENT_TOLERANCE * scale, "{name}[{i}]: {got} instead of {want} (largest {scale})");
+    }
+}
+
+/// `[N, H, W, C]` to `[N, C, H, W]`.
+pub fn channels_first(x: &Tensor) -> Vec<f32> {
+    let [n, h, w, c] = x.dims().try_into().unwrap();
+    let (values, pixels) = (x.slice::<f32>().unwrap(), h * w);
+    let at = |i: usize| values[(i / pixels / c * pixels + i % pixels) * c + i / pixels % c];
+    (0..n * c * pixels).map(at).collect()
 }
