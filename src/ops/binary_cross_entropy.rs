@@ -21,7 +21,8 @@ pub fn binary_cross_entropy(cx: &Context, x: &Tensor, targets: &[f32]) -> Result
     // A number for each patch of a picture: too few for several threads.
     let per_sample = x.elements() / samples;
     let pairs = x.slice::<f32>()?.chunks_exact(per_sample).zip(targets);
-    let sum: f64 = pairs.map(|(x, &t)| x.iter().map(|&x| loss(f64::from(x), f64::from(t))).sum::<f64>()).sum();
+    let sum: f64 =
+        pairs.map(|(x, &t)| x.iter().map(|&x| loss(f64::from(x), f64::from(t))).sum::<f64>()).sum();
     let out = Tensor::from_slice(&[1], &[(sum / x.elements() as f64) as f32])?;
     record(cx, out, &[Some(x)], || {
         let (x, targets) = (x.clone(), targets.to_vec());

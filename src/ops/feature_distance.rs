@@ -129,7 +129,9 @@ mod tests {
         };
         let pixels = x.chunks(w.len()).zip(y.chunks(w.len()));
         let sum: f64 = pixels
-            .map(|(x, y)| unit(x).iter().zip(unit(y)).zip(w).map(|((x, y), w)| w * (x - y).powi(2)).sum::<f64>())
+            .map(|(x, y)| {
+                unit(x).iter().zip(unit(y)).zip(w).map(|((x, y), w)| w * (x - y).powi(2)).sum::<f64>()
+            })
             .sum();
         vec![sum * w.len() as f64 / x.len() as f64]
     }

@@ -38,7 +38,12 @@ pub fn max_pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
     })
 }
 
-fn gradient(cx: &Context, g: &Tensor, x: &Tensor, [_, out_height, out_width, channels]: [usize; 4]) -> Result<Tensor> {
+fn gradient(
+    cx: &Context,
+    g: &Tensor,
+    x: &Tensor,
+    [_, out_height, out_width, channels]: [usize; 4],
+) -> Result<Tensor> {
     let [_, height, width, _] = x.dims_of::<4>("max pool input")?;
     let (g, input) = (g.slice::<f32>()?, x.slice::<f32>()?);
     let (line, out_line) = (width * channels, out_width * channels);
@@ -144,7 +149,11 @@ mod tests {
     #[test]
     fn gradients_are_those_of_the_definition() {
         for dims in [[1usize, 2, 2, 1], [2, 5, 3, 3], [1, 4, 6, 2]] {
-            check::gradients(&[check::random(&dims, 1)], |cx, x| max_pool(cx, &x[0]), |x| definition(&x[0], dims));
+            check::gradients(
+                &[check::random(&dims, 1)],
+                |cx, x| max_pool(cx, &x[0]),
+                |x| definition(&x[0], dims),
+            );
         }
     }
 

@@ -60,9 +60,7 @@ pub fn spectral_norm(cx: &Context, weight: &Tensor, directions: &Directions) -> 
     let wide = matrix.values.clone();
     record(cx, out, &[Some(&wide)], || {
         let directions = directions.clone();
-        move |cx, flow| {
-            flow.give(cx, matrix.values.tracked(), |g| matrix.gradient(cx, g, &directions, sigma))
-        }
+        move |cx, flow| flow.give(cx, matrix.values.tracked(), |g| matrix.gradient(cx, g, &directions, sigma))
     })
 }
 
@@ -238,12 +236,19 @@ mod tests {
         for _ in 0..40 {
             found = power_iteration(&cx, &weight, &found).unwrap();
         }
-        check::close(&spectral_norm(&cx, &weight, &found).unwrap(), &[2, 3], &[1.0, 0.0, 0.0, 0.0, 2.0 / 3.0, 0.0], 1e-6);
+        check::close(
+            &spectral_norm(&cx, &weight, &found).unwrap(),
+            &[2, 3],
+            &[1.0, 0.0, 0.0, 0.0, 2.0 / 3.0, 0.0],
+            1e-6,
+        );
     }
 
     #[test]
     fn gradients_are_those_of_the_definition() {
-        for (dims, dtype) in [(&[1usize, 1][..], DType::F32), (&[3, 2, 3, 3], DType::F32), (&[4, 5], DType::BF16)] {
+        for (dims, dtype) in
+            [(&[1usize, 1][..], DType::F32), (&[3, 2, 3, 3], DType::F32), (&[4, 5], DType::BF16)]
+        {
             let weight = check::cast(&check::random(dims, 1), dtype);
             let start = directions(dims[0], weight.elements() / dims[0]);
             let settled = power_iteration(&check::cx(), &weight, &start).unwrap();

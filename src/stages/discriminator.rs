@@ -96,7 +96,12 @@ impl Discriminator {
                 v: p.tensor("weight_v", &[inputs * KERNEL * KERNEL])?,
             };
             let weight = p.tensor("weight_orig", &[outputs, inputs, KERNEL, KERNEL])?;
-            layers.push(Layer { name: p.prefix().into(), weight, bias: p.tensor("bias", &[outputs])?, directions });
+            layers.push(Layer {
+                name: p.prefix().into(),
+                weight,
+                bias: p.tensor("bias", &[outputs])?,
+                directions,
+            });
             inputs = outputs;
         }
         let judged = inputs + config.condition;

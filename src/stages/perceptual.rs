@@ -69,7 +69,8 @@ impl Perceptual {
         // Pictures in 0..1 to -1..1 and on to what VGG16 knows, in one.
         let scale = COLOUR_STD.map(|std| 2.0 / std);
         let shift: [f32; COLOURS] = std::array::from_fn(|c| (-1.0 - COLOUR_MEAN[c]) / COLOUR_STD[c]);
-        let [colour_scale, colour_shift] = [Tensor::from_slice(&[COLOURS], &scale)?, Tensor::from_slice(&[COLOURS], &shift)?];
+        let [colour_scale, colour_shift] =
+            [Tensor::from_slice(&[COLOURS], &scale)?, Tensor::from_slice(&[COLOURS], &shift)?];
         Ok(Perceptual { blocks, colour_scale, colour_shift })
     }
 

@@ -40,7 +40,13 @@ pub fn is_noise(list: &serde_json::Value, tensor: &str, i: usize) -> bool {
 }
 
 /// Compares every trained parameter's gradient with `PREFIX + name` of the case.
-pub fn assert_gradients(case: &Case, prefix: &str, parameters: &Parameters, found: &Gradients, of: &[Trained]) {
+pub fn assert_gradients(
+    case: &Case,
+    prefix: &str,
+    parameters: &Parameters,
+    found: &Gradients,
+    of: &[Trained],
+) {
     let zero = &case.record["zero_gradient"]["items"];
     let mut compared = 0;
     let recorded = |name: &str, elements| of.iter().find_map(|part| part.place(name, elements));
@@ -86,7 +92,10 @@ pub fn assert_input_gradient(case: &Case, name: &str, found: &[f32]) {
     let scale = expected.iter().fold(0f64, |m, g| m.max(f64::from(*g).abs()));
     for (i, (got, want)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(*got) - f64::from(*want)).abs();
-        assert!(error <= GRADIENT_TOLERANCE * scale, "{name}[{i}]: {got} instead of {want} (largest {scale})");
+        assert!(
+            error <= GRADIENT_TOLERANCE * scale,
+            "{name}[{i}]: {got} instead of {want} (largest {scale})"
+        );
     }
 }
 

@@ -116,7 +116,8 @@ pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
             expands: s.expand_ratio != 1,
         })
         .collect();
-    let encoder = part(folder, move |name| names::image_encoder(name, &kinds), |p| ImageEncoder::load(p, sizes))?;
+    let encoder =
+        part(folder, move |name| names::image_encoder(name, &kinds), |p| ImageEncoder::load(p, sizes))?;
     Ok(ImagePart { encoder, normalisation })
 }
 

@@ -67,7 +67,12 @@ pub fn reconstruct(cx: &Context, network: &StageA, pixels: &Tensor, mode: Mode) 
 ///
 /// # Errors
 /// `InvalidArgument` for shapes that differ, or pictures too small for LPIPS; `OutOfMemory`; `Cancelled`.
-pub fn picture_loss(cx: &Context, found: &Tensor, target: &Tensor, perceptual: Option<&Perceptual>) -> Result<Tensor> {
+pub fn picture_loss(
+    cx: &Context,
+    found: &Tensor,
+    target: &Tensor,
+    perceptual: Option<&Perceptual>,
+) -> Result<Tensor> {
     let absolute = absolute_error(cx, found, target)?;
     let squared = squared_error(cx, found, target, None)?;
     let mut terms = vec![(&absolute, 1.0), (&squared, 1.0)];
@@ -89,9 +94,18 @@ pub fn deception_loss(cx: &Context, discriminator: &Discriminator, found: &Tenso
 ///
 /// # Errors
 /// `InvalidArgument` for shapes that differ; as [`Discriminator::logits`].
-pub fn judgement_loss(cx: &Context, discriminator: &Discriminator, real: &Tensor, made: &Tensor) -> Result<Tensor> {
+pub fn judgement_loss(
+    cx: &Context,
+    discriminator: &Discriminator,
+    real: &Tensor,
+    made: &Tensor,
+) -> Result<Tensor> {
     if real.dims() != made.dims() {
-        return Err(Error::argument("pictures to judge", format!("the shape {}", real.shape()), made.shape()));
+        return Err(Error::argument(
+            "pictures to judge",
+            format!("the shape {}", real.shape()),
+            made.shape(),
+        ));
     }
     // As one batch: every sample is normalised by itself.
     let logits = discriminator.logits(cx, &concat(cx, &[real, made])?, None)?;
@@ -103,7 +117,12 @@ pub fn judgement_loss(cx: &Context, discriminator: &Discriminator, real: &Tensor
 ///
 /// # Errors
 /// `Internal` for a network whose weights are constant; `OutOfMemory`; `Cancelled`.
-pub fn last_layer_gradient(cx: &Context, network: &StageA, features: &Tensor, of_pixels: &Tensor) -> Result<Tensor> {
+pub fn last_layer_gradient(
+    cx: &Context,
+    network: &StageA,
+    features: &Tensor,
+    of_pixels: &Tensor,
+) -> Result<Tensor> {
     let tape = Tape::new();
     let pixels = network.last_layer(&tape.attach(cx), &features.constant())?;
     let mut found = Gradients::default();

@@ -94,7 +94,8 @@ impl Adversary {
 
     /// The network after one more power iteration, as PyTorch takes one in each pass of training.
     fn iterated(&mut self, cx: &Context) -> Result<&Discriminator> {
-        let network = self.network.as_mut().ok_or_else(|| Error::internal("the discriminator", "not loaded"))?;
+        let network =
+            self.network.as_mut().ok_or_else(|| Error::internal("the discriminator", "not loaded"))?;
         network.iterate(cx)?;
         Ok(network)
     }
@@ -144,7 +145,8 @@ impl Adversary {
             let name = |kind| format!("{kind}.{}", list[place].name);
             state.extend(MOMENTS.iter().zip(moments).map(|(kind, moment)| (name(kind), moment.clone())));
         }
-        let steps = [self.moments.steps / STEPS_PART, self.moments.steps % STEPS_PART].map(|part| part as f32);
+        let steps =
+            [self.moments.steps / STEPS_PART, self.moments.steps % STEPS_PART].map(|part| part as f32);
         // Two numbers: they fit where a whole step did.
         state.extend(Tensor::from_slice(&[2], &steps).map(|steps| (STEPS.into(), steps)));
         state

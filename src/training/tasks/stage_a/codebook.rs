@@ -61,11 +61,10 @@ impl Codebook {
     }
 
     /// Remembers what the encoder gave, and where it went.
-    pub fn note(&mut self, made: &Reconstruction) -> Result<()> {
+    pub fn note(&mut self, made: &Reconstruction) {
         if self.revive {
             self.seen.push((made.encoded.constant(), made.tokens.clone()));
         }
-        Ok(())
     }
 
     /// Makes every code an encoder output of all ranks, drawn at random: before the first step of a network that has
@@ -102,7 +101,8 @@ impl Codebook {
             reduce.sum_f64(used.values_mut())?;
         }
         let outputs: f64 = used.values().iter().sum();
-        let patience = (IDLE_OUTPUTS_PER_CODE * self.codes as f64 / outputs.max(1.0)).clamp(IDLE_STEPS, IDLE_MAX);
+        let patience =
+            (IDLE_OUTPUTS_PER_CODE * self.codes as f64 / outputs.max(1.0)).clamp(IDLE_STEPS, IDLE_MAX);
         let mut idle = self.idle.detached()?;
         let mut dead = Vec::new();
         for (code, (idle, &uses)) in idle.slice_mut::<f32>()?.iter_mut().zip(used.values()).enumerate() {
@@ -130,7 +130,14 @@ impl Codebook {
     }
 
     /// For each of `codes` an encoder output of all ranks, the same on each.
-    fn drawn(&self, cx: &Context, pass: &Commit, draws: Draws, encoded: &[&Tensor], codes: &[usize]) -> Result<Doubles> {
+    fn drawn(
+        &self,
+        cx: &Context,
+        pass: &Commit,
+        draws: Draws,
+        encoded: &[&Tensor],
+        codes: &[usize],
+    ) -> Result<Doubles> {
         let own: usize = encoded.iter().map(|e| e.elements() / self.width).sum();
         let (ranks, rank) = pass.reduce.map_or((1, 0), |reduce| (reduce.ranks(), reduce.rank()));
         let bound = u32::try_from(own * ranks).unwrap_or(u32::MAX);

@@ -49,7 +49,12 @@ struct OfPixels {
 }
 
 impl StageATask {
-    pub fn new(cx: &Context, model: &Model, options: &TrainOptions, parameters: &mut Parameters) -> Result<Self> {
+    pub fn new(
+        cx: &Context,
+        model: &Model,
+        options: &TrainOptions,
+        parameters: &mut Parameters,
+    ) -> Result<Self> {
         let part = model.stage_a()?;
         let config = *part.network.config();
         let source = part.keys.source(&part.weights);
@@ -67,7 +72,13 @@ impl StageATask {
             _ => Some(Adversary::new(cx, sizes, options)?),
         };
         let codebook = Codebook::new(&config, options)?;
-        Ok(StageATask { config, network: None, perceptual: perceptual.map(|part| part.network), adversary, codebook })
+        Ok(StageATask {
+            config,
+            network: None,
+            perceptual: perceptual.map(|part| part.network),
+            adversary,
+            codebook,
+        })
     }
 
     fn network(&self) -> Result<&StageA> {
@@ -86,8 +97,11 @@ impl StageATask {
         let Some(adversary) = self.adversary.as_mut().filter(|_| joined) else { return Ok(picture) };
         let adversarial = adversary.deceive(pass.cx, &made.pixels)?;
         let network = self.network.as_ref().ok_or_else(|| Error::internal("Stage A", "not loaded"))?;
-        let norm = |of: &OfPixels| norm_of_mean(pass, &last_layer_gradient(pass.cx, network, &made.features, &of.gradient)?);
-        let weight = f64::from(pass.options.adversary.weight) * adaptive_weight(norm(&picture)?, norm(&adversarial)?);
+        let norm = |of: &OfPixels| {
+            norm_of_mean(pass, &last_layer_gradient(pass.cx, network, &made.features, &of.gradient)?)
+        };
+        let weight =
+            f64::from(pass.options.adversary.weight) * adaptive_weight(norm(&picture)?, norm(&adversarial)?);
         let ones = vec![1.0; target.dims()[0]];
         let weights = vec![weight as f32; target.dims()[0]];
         let gradient = mix(pass.cx, &picture.gradient, &adversarial.gradient, &ones, &weights)?;
@@ -106,7 +120,9 @@ fn of_pixels(
     let loss = loss(&tape.attach(cx), &leaf(&found.constant(), PIXELS))?;
     let mut gradients = Gradients::default();
     tape.backward_from(cx, &loss, 1.0, &mut gradients)?;
-    let gradient = gradients.take(PIXELS).ok_or_else(|| Error::internal("backward", "no gradient reached the pixels"))?;
+    let gradient = gradients
+        .take(PIXELS)
+        .ok_or_else(|| Error::internal("backward", "no gradient reached the pixels"))?;
     Ok(OfPixels { loss: f64::from(loss.slice::<f32>()?[0]), gradient: gradient.reshape(found.dims())? })
 }
 
@@ -123,10 +139,15 @@ fn norm_of_mean(pass: &Pass, gradient: &Tensor) -> Result<f64> {
 impl Task for StageATask {
     fn prepare(&self, cx: &Context, _: &Model, images: &[&Image], _: &[&str]) -> Result<Vec<Sample>> {
         let factor = self.config.factor() as u32;
-        let fits = |image: &&&Image| image.width().is_multiple_of(factor) && image.height().is_multiple_of(factor);
+        let fits =
+            |image: &&&Image| image.width().is_multiple_of(factor) && image.height().is_multiple_of(factor);
         if let Some(image) = images.iter().find(|image| !fits(image)) {
             let expected = format!("sides in multiples of {factor} pixels");
-            return Err(Error::argument("images", expected, format!("{} x {}", image.width(), image.height())));
+            return Err(Error::argument(
+                "images",
+                expected,
+                format!("{} x {}", image.width(), image.height()),
+            ));
         }
         let pixels = apart(&to_pixels(cx, images)?)?;
         Ok(pixels.into_iter().map(|pixels| Sample { pixels: Some(pixels), ..Sample::default() }).collect())
@@ -170,7 +191,7 @@ impl Task for StageATask {
         let tape = pass.tape();
         let training = TrainingPass::new(pass.reduce.cloned(), None);
         let made = reconstruct(&tape.attach(pass.cx), self.network()?, &target, Mode::Training(&training))?;
-        self.codebook.note(&made)?;
+        self.codebook.note(&made);
         let of_pixels = self.pixel_loss(pass, &made, &target)?;
         let share = vec![pass.share; target.dims()[0]];
         let zeros = vec![0.0; target.dims()[0]];
