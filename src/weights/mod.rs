@@ -5,6 +5,7 @@
 mod archive;
 pub mod config;
 mod file;
+pub mod lora;
 pub mod lpips;
 mod names;
 pub mod v1;

@@ -12,7 +12,7 @@ use crate::nn::{Params, Source};
 use crate::stages::discriminator::{Discriminator, DiscriminatorConfig};
 use crate::tensor::autograd::{Gradients, Tape};
 use crate::tensor::{DType, Tensor};
-use crate::training::draws::{Draws, Use};
+use crate::training::create::draw::{self, Spread};
 use crate::training::objectives::stage_a::{deception_loss, judgement_loss};
 use crate::training::optimizer::{self, AdamW, Moments, clip_factor, gradient_norm};
 use crate::training::options::TrainOptions;
@@ -47,7 +47,7 @@ impl Adversary {
     /// `InvalidArgument` for sizes that do not go together; `OutOfMemory`.
     pub fn new(cx: &Context, config: DiscriminatorConfig, options: &TrainOptions) -> Result<Self> {
         let mut parameters = Parameters::default();
-        let fresh = Fresh { seed: options.seed, asked: Cell::new(0), inputs: Cell::new(1) };
+        let fresh = Fresh { cx, seed: options.seed, inputs: Cell::new(1) };
         parameters.add(cx, PREFIX, &fresh, Role::Trained, |p| Discriminator::load(p, config))?;
         parameters.round_to(options.compute_dtype)?;
         Ok(Adversary {
@@ -183,33 +183,33 @@ impl Adversary {
 }
 
 /// The weights of a discriminator that has learnt nothing.
-struct Fresh {
+struct Fresh<'a> {
+    cx: &'a Context,
     seed: u64,
-    /// Tensors so far: each draws from a stream of its own.
-    asked: Cell<u64>,
     /// Inputs of an output of the last weight: its bias comes after it.
     inputs: Cell<usize>,
 }
 
-impl Source for Fresh {
+impl Source for Fresh<'_> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let number = self.asked.replace(self.asked.get() + 1);
-        let generator = Draws { seed: self.seed, first: number, count: 1 }.first(Use::Discriminator);
-        let mut values = vec![0f32; shape.iter().product()];
-        let leaf = name.rsplit('.').next().unwrap_or_default();
-        if let "weight_u" | "weight_v" = leaf {
-            generator.fill_normal(&mut values, 0);
-            let norm = values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
-            values.iter_mut().for_each(|x| *x /= norm);
-            return Tensor::from_slice(shape, &values);
+        let direction = matches!(name.rsplit('.').next(), Some("weight_u" | "weight_v"));
+        if let [_, inputs @ ..] = shape
+            && !inputs.is_empty()
+        {
+            self.inputs.set(inputs.iter().product());
         }
-        if shape.len() > 1 {
-            self.inputs.set(shape[1..].iter().product());
+        let spread = match direction {
+            true => Spread::Normal(1.0),
+            false => Spread::Uniform((self.inputs.get() as f64).sqrt().recip()),
+        };
+        let mut tensor = Tensor::new(self.cx, "a new weight", shape, DType::F32)?;
+        let values = tensor.slice_mut::<f32>()?;
+        draw::fill(self.cx, values, draw::stream(self.seed, &format!("{PREFIX}.{name}")), spread)?;
+        if direction {
+            let norm = values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            values.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
         }
-        let bound = (self.inputs.get() as f32).sqrt().recip();
-        let draws = values.iter_mut().zip(0..);
-        draws.for_each(|(value, i)| *value = (2.0 * generator.uniform(i) - 1.0) * bound);
-        Tensor::from_slice(shape, &values)
+        Ok(tensor)
     }
 
     fn has(&self, _: &str) -> bool {

@@ -209,7 +209,7 @@ impl Task for StageATask {
         self.codebook.sum_up(cx, commit)
     }
 
-    fn after_step(&mut self, cx: &Context, _: &Commit, parameters: &mut Parameters) -> Result<()> {
+    fn after_step(&mut self, cx: &Context, parameters: &mut Parameters) -> Result<()> {
         if let Some(adversary) = &mut self.adversary {
             adversary.update(cx)?;
         }
