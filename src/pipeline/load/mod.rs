@@ -18,8 +18,8 @@ use crate::weights::{Key, Renamed, STEMS, Weights, v1 as names};
 
 pub use lpips::perceptual;
 pub use v1::{
-    ImagePart, discriminator, image_encoder, image_encoder_layout, stage_a, stage_a_layout, stage_b, stage_b_layout,
-    stage_c, stage_c_layout,
+    ImagePart, discriminator, image_encoder, image_encoder_layout, stage_a, stage_a_layout, stage_b,
+    stage_b_layout, stage_c, stage_c_layout,
 };
 pub use v2::{decoder, prior, scheduler, vq_model};
 
