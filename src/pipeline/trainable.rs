@@ -17,6 +17,7 @@ use crate::stages::stage_b::StageB;
 use crate::stages::stage_c::StageC;
 use crate::stages::text_encoder::TextEncoder;
 use crate::tensor::{DType, Tensor};
+use crate::weights::lora::ScaledAdapter;
 
 /// Token ids of some texts.
 #[derive(Debug, Clone)]
@@ -56,10 +57,23 @@ impl Model {
     /// Stage C and its schedule.
     ///
     /// # Errors
-    /// `Unsupported` if no folder holds it.
+    /// `Unsupported` if no folder holds it, or adapters were opened with it.
     pub(crate) fn stage_c(&self) -> Result<(&Part<StageC>, CosineSchedule)> {
         let prior = self.prior()?;
+        if !prior.adapters.is_empty() {
+            let reason = "merge them into a model folder first, or open it without";
+            return Err(Error::unsupported("training a Stage C with adapters", reason));
+        }
         Ok((&prior.stage_c, prior.schedule))
+    }
+
+    /// Stage C and the adapters that were opened with it.
+    ///
+    /// # Errors
+    /// `Unsupported` if no folder holds it.
+    pub(crate) fn adapted_stage_c(&self) -> Result<(&Part<StageC>, &[ScaledAdapter])> {
+        let prior = self.prior()?;
+        Ok((&prior.stage_c, &prior.adapters))
     }
 
     /// # Errors

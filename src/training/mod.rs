@@ -9,6 +9,7 @@
 //! | (pair) | which text belongs to which picture ([`objectives::contrast`]) | pictures, texts |
 //! | B | tokens from noised tokens ([`objectives::stage_b`]) | tokens of the frozen Stage A, latents, texts |
 
+mod adapter;
 mod average;
 mod checkpoint;
 mod create;
@@ -25,6 +26,7 @@ mod retrieval;
 mod tasks;
 mod trainer;
 
+pub use adapter::merge_adapter;
 pub use average::Average;
 pub use create::create_model;
 pub use options::{Adversary, Ema, Goal, Lora, TrainOptions};

@@ -19,8 +19,8 @@ use crate::image::Image;
 use crate::nn::{RunningUpdate, Source};
 use crate::ops::batch::concat;
 use crate::pipeline::{Model, TokenIds};
-use crate::tensor::autograd::{Gradients, Tape};
 use crate::tensor::Tensor;
+use crate::tensor::autograd::{Gradients, Tape};
 
 /// A picture and its caption as far as they never change in training: made once by [`super::Trainer::prepare`], used
 /// in every epoch. What a stage does not need is not there.
@@ -70,7 +70,13 @@ pub(super) trait Task: Send + Sync {
     ///
     /// # Errors
     /// `InvalidArgument` for pictures that the stage cannot take; `OutOfMemory`; `Cancelled`.
-    fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>>;
+    fn prepare(
+        &self,
+        cx: &Context,
+        model: &Model,
+        images: &[&Image],
+        captions: &[&str],
+    ) -> Result<Vec<Sample>>;
 
     /// A caption as [`Task::prepare`] keeps it; nothing if the stage reads none.
     ///
@@ -160,7 +166,8 @@ impl Pass<'_> {
     /// `InvalidArgument` if a sample lacks it (it was prepared for another stage) or has another shape.
     pub fn stacked(&self, what: &str, of: impl Fn(&Sample) -> Option<&Tensor>) -> Result<Tensor> {
         let tensors = self.samples.iter().map(|sample| {
-            of(sample).ok_or_else(|| Error::argument("samples", format!("{what}, as this stage prepares"), "none"))
+            of(sample)
+                .ok_or_else(|| Error::argument("samples", format!("{what}, as this stage prepares"), "none"))
         });
         concat(self.cx, &tensors.collect::<Result<Vec<_>>>()?)
     }
