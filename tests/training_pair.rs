@@ -259,7 +259,7 @@ fn the_loss_changes_as_its_gradient_says() {
         let gradient = |place: usize| gradients.get(place).unwrap().slice::<f32>().unwrap();
         let squares: f64 = of_group.iter().flat_map(|&p| gradient(p)).map(|&g| f64::from(g).powi(2)).sum();
         let step = 1e-3 / squares.sqrt();
-        let mut moved = |parameters: &mut Parameters, by: f64| {
+        let moved = |parameters: &mut Parameters, by: f64| {
             for &place in &of_group {
                 let values = parameters.values_mut(place).unwrap();
                 values.iter_mut().zip(gradient(place)).for_each(|(x, &g)| *x += (f64::from(g) * by) as f32);
