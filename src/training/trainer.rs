@@ -9,9 +9,10 @@ use super::options::{Goal, TrainOptions};
 use super::parameters::Parameters;
 use super::reduction::Reduction;
 use super::tasks::pair::PairTask;
+use super::tasks::stage_a::StageATask;
 use super::tasks::stage_b::StageBTask;
 use super::tasks::stage_c::StageCTask;
-use super::tasks::{Measured, Pass, Sample, Task};
+use super::tasks::{Commit, Measured, Pass, Sample, Task};
 use crate::device::threads::run_apart_with_reserve;
 use crate::device::{CancelToken, Context, Reduce};
 use crate::error::{Error, Result};
@@ -80,10 +81,10 @@ impl Trainer {
         let cx = Context::new(base.device());
         let mut parameters = Parameters::default();
         let task: Box<dyn Task> = match options.goal {
-            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
+            Goal::StageA => Box::new(StageATask::new(&cx, base, options, &mut parameters)?),
             Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
+            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
             Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
-            goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
         };
         let average = Average::new(&parameters)?;
         let mut trainer = Trainer {
@@ -249,6 +250,9 @@ impl Trainer {
             seen.extend(measured.seen);
         }
         reduction.finish(&mut gradients)?;
+        let commit =
+            Commit { options: &self.options, step: self.progress.step, reduce: self.reduce.as_ref() };
+        self.task.sum_up(&cx, &commit)?;
         if let Some(reduce) = &self.reduce {
             reduce.sum_f64(&mut totals)?;
         }
@@ -285,7 +289,7 @@ impl Trainer {
         let updated =
             optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
                 .and_then(|()| self.parameters.follow(seen))
-                .and_then(|()| self.task.after_step(&mut self.parameters))
+                .and_then(|()| self.task.after_step(&cx, &mut self.parameters))
                 .and_then(|()| {
                     self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
                 });
