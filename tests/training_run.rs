@@ -176,7 +176,8 @@ fn a_loss_that_is_not_finite_changes_nothing() {
     let samples = samples(&trainer);
     let all: Vec<&Sample> = samples.iter().collect();
     for _ in 0..60 {
-        let before: Vec<Vec<u8>> = trainer.parameters().list().iter().map(|p| p.master().bytes().to_vec()).collect();
+        let before: Vec<Vec<u8>> =
+            trainer.parameters().list().iter().map(|p| p.master().bytes().to_vec()).collect();
         let metrics = trainer.step_over(&all).unwrap();
         if metrics.skipped {
             let after = trainer.parameters().list().iter().map(|p| p.master().bytes().to_vec());

@@ -96,6 +96,15 @@ impl Model {
         self.text_of(stage)?.token_ids(cx, texts)
     }
 
+    /// The token that ends every text.
+    ///
+    /// # Errors
+    /// As [`Model::tower`].
+    pub(crate) fn end_of_text(&self, stage: Stage) -> Result<i64> {
+        let special = self.text_of(stage)?.tokenizer.special_ids();
+        special.eos.map(i64::from).ok_or_else(|| Error::internal("a tokenizer", "it has no end of texts"))
+    }
+
     /// Embedded texts, `[N, T, width]`.
     ///
     /// # Errors

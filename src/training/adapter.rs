@@ -110,21 +110,27 @@ pub fn merge_adapter(model: &Path, adapter: &Path, scale: f32, out: &Path) -> Re
         let cx = Context::new(opened.device());
         let (stage_c, adapters) = opened.adapted_stage_c()?;
         let part = TrainedPart { prefix: "", weights: &stage_c.weights, keys: &stage_c.keys };
-        write_model(opened.folder(), out, &[part], |part| {
-            let mut updates = Vec::new();
-            for ScaledAdapter { adapter, scale } in adapters {
-                for update in adapter.updates() {
-                    let update = update?;
-                    updates.push(Update { scale: scale * update.scale, ..update });
+        write_model(
+            opened.folder(),
+            out,
+            &[part],
+            |part| {
+                let mut updates = Vec::new();
+                for ScaledAdapter { adapter, scale } in adapters {
+                    for update in adapter.updates() {
+                        let update = update?;
+                        updates.push(Update { scale: scale * update.scale, ..update });
+                    }
                 }
-            }
-            // Adding nothing could still turn -0 into 0.
-            updates.retain(|update| update.scale != 0.0);
-            let as_stored = |(name, tensor): (String, Tensor)| {
-                let dtype = part.weights.tensor(&name)?.dtype();
-                Ok((name, stored_as(&tensor, dtype)?))
-            };
-            merged(&cx, part, &updates)?.into_iter().map(as_stored).collect()
-        })
+                // Adding nothing could still turn -0 into 0.
+                updates.retain(|update| update.scale != 0.0);
+                let as_stored = |(name, tensor): (String, Tensor)| {
+                    let dtype = part.weights.tensor(&name)?.dtype();
+                    Ok((name, stored_as(&tensor, dtype)?))
+                };
+                merged(&cx, part, &updates)?.into_iter().map(as_stored).collect()
+            },
+            |_| Ok(()),
+        )
     })
 }

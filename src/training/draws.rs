@@ -61,6 +61,11 @@ impl Draws {
         (0..self.count as u64).map(move |i| Philox::new(self.seed, (what as u64) << 48 | (self.first + i)))
     }
 
+    /// The numbers of the first sample.
+    pub fn first(self, what: Use) -> Philox {
+        Philox::new(self.seed, (what as u64) << 48 | self.first)
+    }
+
     /// Number `place` in [0, 1) of each sample.
     pub fn uniform(self, what: Use, place: u64) -> Vec<f32> {
         self.generators(what).map(|generator| generator.uniform(place)).collect()
@@ -84,7 +89,9 @@ impl Draws {
     pub fn normal(self, cx: &Context, what: Use, dims: &[usize]) -> Result<Tensor> {
         let mut out = Tensor::new(cx, "noise", dims, DType::F32)?;
         let per_sample = out.elements() / self.count.max(1);
-        for (part, generator) in out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what)) {
+        for (part, generator) in
+            out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what))
+        {
             generator.fill_normal(part, 0);
         }
         Ok(out)

@@ -35,8 +35,26 @@ impl Trainer {
     pub fn export(&self, folder: &Path) -> Result<()> {
         run_apart_with_reserve("an export", LISTS_BYTES, || {
             let parts = self.task.parts(&self.model)?;
-            write_model(self.model.folder(), folder, &parts, |part| self.changed(part))
+            write_model(
+                self.model.folder(),
+                folder,
+                &parts,
+                |part| self.changed(part),
+                |new| self.task.write_beside(self, new),
+            )
         })
+    }
+
+    /// What is exported of the parameters below `prefix`, by their names within it.
+    pub(super) fn exported(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
+        let below = |name: &str| Some(name.strip_prefix(prefix)?.strip_prefix('.')?.to_owned());
+        let list = self.parameters.list().iter().enumerate().filter(|(_, p)| p.role != Role::Frozen);
+        list.filter_map(|(place, parameter)| Some((place, parameter, below(&parameter.name)?)))
+            .map(|(place, parameter, name)| {
+                let values = self.average.of.get(&place).unwrap_or(parameter.master());
+                Ok((name, self.rounded(values)?))
+            })
+            .collect()
     }
 
     /// The tensors of a part that training has changed, by the names of its file.
@@ -73,22 +91,24 @@ impl Trainer {
 }
 
 /// Writes the model folder `root` to `folder`, which is replaced as a whole, with the tensors of `parts` that `changed`
-/// gives in the place of those of their names.
+/// gives in the place of those of their names, and what `beside` writes into it.
 ///
 /// # Errors
 /// `InvalidArgument` for a `folder` inside `root`; `Unsupported` for a part that is not inside `root`; `Io`; those of
-/// `changed`.
+/// `changed` and `beside`.
 pub(super) fn write_model(
     root: &Path,
     folder: &Path,
     parts: &[TrainedPart],
     changed: impl Fn(&TrainedPart) -> Result<BTreeMap<String, Tensor>>,
+    beside: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     expect_outside(root, folder)?;
     let replaced: HashSet<&Path> = parts.iter().filter_map(|part| part.weights.path().parent()).collect();
     replace_folder(folder, |new| {
         copy_folder(root, new, &replaced)?;
-        parts.iter().try_for_each(|part| write_part(part, changed(part)?, root, new))
+        parts.iter().try_for_each(|part| write_part(part, changed(part)?, root, new))?;
+        beside(new)
     })
 }
 
@@ -132,7 +152,7 @@ fn write_part(
 }
 
 /// Tensors one after the other along the first dimension.
-fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor> {
+pub(super) fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor> {
     let rows: usize = parts.clone().map(|part| part.dims().first().copied().unwrap_or(0)).sum();
     let mut values = Vec::new();
     let mut dims = Vec::new();
@@ -147,21 +167,25 @@ fn joined<'a>(parts: impl Iterator<Item = &'a Tensor> + Clone) -> Result<Tensor>
 }
 
 /// Copies a model folder without the weights of the `replaced` parts.
-fn copy_folder(from: &Path, to: &Path, replaced: &HashSet<&Path>) -> Result<()> {
+pub(super) fn copy_folder(from: &Path, to: &Path, replaced: &HashSet<&Path>) -> Result<()> {
     fs::create_dir_all(to).map_err(|source| Error::io(to, source))?;
     for entry in fs::read_dir(from).map_err(|source| Error::io(from, source))? {
         let path = entry.map_err(|source| Error::io(from, source))?.path();
         let target = to.join(path.file_name().unwrap_or_default());
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let is_weights = name.ends_with(".safetensors") || name.contains(".safetensors.index");
         if path.is_dir() {
             copy_folder(&path, &target, replaced)?;
-        } else if !(is_weights && replaced.contains(from)) {
+        } else if !(is_weights(&name) && replaced.contains(from)) {
             fs::copy(&path, &target).map_err(|source| Error::io(&path, source))?;
             make_writable(&target)?;
         }
     }
     Ok(())
+}
+
+/// Whether a file of this name holds weights, or lists the files that do.
+pub(super) fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.contains(".safetensors.index")
 }
 
 /// A copy of a read-only file is the caller's to change.

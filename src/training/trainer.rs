@@ -8,9 +8,11 @@ use super::optimizer::{self, Moments, clip_factor, gradient_norm};
 use super::options::{Goal, TrainOptions};
 use super::parameters::Parameters;
 use super::reduction::Reduction;
+use super::tasks::pair::PairTask;
+use super::tasks::stage_a::StageATask;
 use super::tasks::stage_b::StageBTask;
 use super::tasks::stage_c::StageCTask;
-use super::tasks::{Measured, Pass, Sample, Task};
+use super::tasks::{Commit, Measured, Pass, Sample, Task};
 use crate::device::threads::run_apart_with_reserve;
 use crate::device::{CancelToken, Context, Reduce};
 use crate::error::{Error, Result};
@@ -79,9 +81,10 @@ impl Trainer {
         let cx = Context::new(base.device());
         let mut parameters = Parameters::default();
         let task: Box<dyn Task> = match options.goal {
-            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
+            Goal::StageA => Box::new(StageATask::new(&cx, base, options, &mut parameters)?),
             Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
-            goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
+            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
+            Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
         };
         let average = Average::new(&parameters)?;
         let mut trainer = Trainer {
@@ -147,13 +150,21 @@ impl Trainer {
             return Err(Error::argument("images", "at least one", 0));
         }
         if images.len() != captions.len() {
-            return Err(Error::argument("captions", format!("{}, one per image", images.len()), captions.len()));
+            return Err(Error::argument(
+                "captions",
+                format!("{}, one per image", images.len()),
+                captions.len(),
+            ));
         }
         let size = |image: &Image| (image.width(), image.height());
         if let Some(other) = images.iter().find(|image| size(image) != size(images[0])) {
             let (width, height) = size(images[0]);
             let expected = format!("pictures of one size, {width} x {height} like the first");
-            return Err(Error::argument("images", expected, format!("{} x {}", other.width(), other.height())));
+            return Err(Error::argument(
+                "images",
+                expected,
+                format!("{} x {}", other.width(), other.height()),
+            ));
         }
         run_apart_with_reserve("preparing samples", LISTS_BYTES, || {
             self.task.prepare(&self.context(), &self.model, images, captions)
@@ -216,7 +227,11 @@ impl Trainer {
                 model: &self.model,
                 options: &self.options,
                 samples: &samples[range.clone()],
-                draws: Draws { seed: self.options.seed, first: first + range.start as u64, count: range.len() },
+                draws: Draws {
+                    seed: self.options.seed,
+                    first: first + range.start as u64,
+                    count: range.len(),
+                },
                 step: self.progress.step,
                 share: share as f32,
                 reduce: self.reduce.as_ref(),
@@ -235,6 +250,9 @@ impl Trainer {
             seen.extend(measured.seen);
         }
         reduction.finish(&mut gradients)?;
+        let commit =
+            Commit { options: &self.options, step: self.progress.step, reduce: self.reduce.as_ref() };
+        self.task.sum_up(&cx, &commit)?;
         if let Some(reduce) = &self.reduce {
             reduce.sum_f64(&mut totals)?;
         }
@@ -252,9 +270,8 @@ impl Trainer {
         if metrics.skipped {
             self.progress.skipped += 1;
             let (step, norm) = (metrics.step, metrics.grad_norm);
-            self.model.say(LogLevel::Warning, || {
-                format!("step {step} skipped: loss {loss}, gradient norm {norm}")
-            });
+            self.model
+                .say(LogLevel::Warning, || format!("step {step} skipped: loss {loss}, gradient norm {norm}"));
         } else {
             self.update(&gradients, norm, &seen)?;
         }
@@ -269,9 +286,13 @@ impl Trainer {
         let settings = self.options.optimizer;
         self.task.unload();
         let scale = clip_factor(norm, settings.clip);
-        let updated = optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
-            .and_then(|()| self.parameters.follow(seen))
-            .and_then(|()| self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1));
+        let updated =
+            optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
+                .and_then(|()| self.parameters.follow(seen))
+                .and_then(|()| self.task.after_step(&cx, &mut self.parameters))
+                .and_then(|()| {
+                    self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
+                });
         self.reload()?;
         updated
     }

@@ -42,8 +42,12 @@ pub fn stored_as(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     }
     let values = tensor.slice::<f32>()?;
     match dtype {
-        DType::F16 => Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
-        _ => Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
+        DType::F16 => {
+            Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>())
+        }
+        _ => {
+            Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>())
+        }
     }
 }
 

@@ -1,11 +1,15 @@
 //! How each stage's batch is prepared, drawn and learnt from. A task holds its networks over the trainer's
 //! parameters; the trainer does what is alike for all.
 
+pub(super) mod pair;
+pub(super) mod stage_a;
 pub(super) mod stage_b;
 pub(super) mod stage_c;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use super::Trainer;
 use super::draws::Draws;
 use super::export::TrainedPart;
 use super::options::TrainOptions;
@@ -16,8 +20,8 @@ use crate::image::Image;
 use crate::nn::{RunningUpdate, Source};
 use crate::ops::batch::concat;
 use crate::pipeline::{Model, TokenIds};
-use crate::tensor::autograd::{Gradients, Tape};
 use crate::tensor::Tensor;
+use crate::tensor::autograd::{Gradients, Tape};
 
 /// A picture and its caption as far as they never change in training: made once by [`super::Trainer::prepare`], used
 /// in every epoch. What a stage does not need is not there.
@@ -51,6 +55,14 @@ pub(super) struct Pass<'a> {
     pub complete: &'a mut dyn FnMut(usize, &Tensor) -> Result<()>,
 }
 
+/// A step that has seen its whole batch.
+pub(super) struct Commit<'a> {
+    pub options: &'a TrainOptions,
+    /// Steps that were taken before this one.
+    pub step: u64,
+    pub reduce: Option<&'a Arc<dyn Reduce>>,
+}
+
 /// What a part of a batch showed.
 #[derive(Debug, Default)]
 pub(super) struct Measured {
@@ -67,7 +79,13 @@ pub(super) trait Task: Send + Sync {
     ///
     /// # Errors
     /// `InvalidArgument` for pictures that the stage cannot take; `OutOfMemory`; `Cancelled`.
-    fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>>;
+    fn prepare(
+        &self,
+        cx: &Context,
+        model: &Model,
+        images: &[&Image],
+        captions: &[&str],
+    ) -> Result<Vec<Sample>>;
 
     /// A caption as [`Task::prepare`] keeps it; nothing if the stage reads none.
     ///
@@ -100,11 +118,36 @@ pub(super) trait Task: Send + Sync {
         Ok(())
     }
 
+    /// After the whole batch, before anything changes: sums over ranks what the task has gathered on its own.
+    ///
+    /// # Errors
+    /// What summing failed with; `OutOfMemory`; `Cancelled`.
+    fn sum_up(&mut self, _cx: &Context, _commit: &Commit) -> Result<()> {
+        Ok(())
+    }
+
+    /// What else changes after the optimiser has changed the parameters, with nothing loaded over them. Not called for
+    /// a step that is skipped.
+    ///
+    /// # Errors
+    /// `Internal` if something is; `OutOfMemory`.
+    fn after_step(&mut self, _cx: &Context, _parameters: &mut Parameters) -> Result<()> {
+        Ok(())
+    }
+
     /// The parts of the model that it changes.
     ///
     /// # Errors
     /// `Unsupported` if the model lacks one.
     fn parts<'a>(&self, model: &'a Model) -> Result<Vec<TrainedPart<'a>>>;
+
+    /// Writes what the exported model `folder` holds beside those parts.
+    ///
+    /// # Errors
+    /// `Io`; `OutOfMemory`.
+    fn write_beside(&self, _trainer: &Trainer, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
 
     /// What the task keeps beside the parameters, for a checkpoint.
     fn state(&self) -> Vec<(String, Tensor)> {
@@ -127,7 +170,15 @@ impl Pass<'_> {
     /// `OutOfMemory`; `Cancelled`.
     pub fn backward(&mut self, tape: &Tape, loss: &Tensor) -> Result<()> {
         let seed = Tensor::from_slice(loss.dims(), &[self.share])?;
-        tape.backward_watched(self.cx, &[(loss, seed)], self.gradients, self.complete)
+        self.backward_from(tape, &[(loss, seed)])
+    }
+
+    /// Walks back from tensors whose gradients, times the share of this part, are known.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; `Cancelled`.
+    pub fn backward_from(&mut self, tape: &Tape, seeds: &[(&Tensor, Tensor)]) -> Result<()> {
+        tape.backward_watched(self.cx, seeds, self.gradients, self.complete)
     }
 
     /// A fresh tape, as the options want it.
@@ -141,7 +192,8 @@ impl Pass<'_> {
     /// `InvalidArgument` if a sample lacks it (it was prepared for another stage) or has another shape.
     pub fn stacked(&self, what: &str, of: impl Fn(&Sample) -> Option<&Tensor>) -> Result<Tensor> {
         let tensors = self.samples.iter().map(|sample| {
-            of(sample).ok_or_else(|| Error::argument("samples", format!("{what}, as this stage prepares"), "none"))
+            of(sample)
+                .ok_or_else(|| Error::argument("samples", format!("{what}, as this stage prepares"), "none"))
         });
         concat(self.cx, &tensors.collect::<Result<Vec<_>>>()?)
     }

@@ -51,12 +51,20 @@ impl StageCTask {
 }
 
 impl Task for StageCTask {
-    fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>> {
+    fn prepare(
+        &self,
+        cx: &Context,
+        model: &Model,
+        images: &[&Image],
+        captions: &[&str],
+    ) -> Result<Vec<Sample>> {
         let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
         let latents = model.encode_pixels(cx, &model.encoder_pixels(cx, &images)?)?;
         let texts = texts_apart(&model.token_ids(cx, Stage::C, captions)?)?;
         let samples = apart(&latents)?.into_iter().zip(texts);
-        Ok(samples.map(|(latents, text)| Sample { latents: Some(latents), text: Some(text), ..Sample::default() }).collect())
+        Ok(samples
+            .map(|(latents, text)| Sample { latents: Some(latents), text: Some(text), ..Sample::default() })
+            .collect())
     }
 
     fn caption(&self, cx: &Context, model: &Model, caption: &str) -> Result<Option<(Tensor, usize)>> {
