@@ -21,6 +21,8 @@ mod reduction;
 mod tasks;
 mod trainer;
 
+#[cfg(feature = "mpi")]
+pub use crate::device::mpi::MpiRanks;
 pub use average::Average;
 pub use options::{Adversary, Ema, Goal, Lora, TrainOptions};
 pub use tasks::Sample;
