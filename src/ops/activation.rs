@@ -63,10 +63,14 @@ simd_dispatch! {
     }
 }
 
-/// g <- g f(x) for every pair.
-macro_rules! times {
-    ($inputs:ident, $gradients:ident, $derivative:expr) => {
-        $gradients.iter_mut().zip($inputs).for_each(|(g, x)| *g *= $derivative(*x))
+/// g <- f(g, x) for every pair. A loop and no closure: one of this length would not be inlined, and so miss the
+/// instructions that its caller is compiled for.
+macro_rules! each {
+    ($inputs:ident, $gradients:ident, |$g:ident, $x:ident| $value:expr) => {
+        for (g, x) in $gradients.iter_mut().zip($inputs) {
+            let ($g, $x) = (*g, *x);
+            *g = $value;
+        }
     };
 }
 
@@ -76,14 +80,12 @@ simd_dispatch! {
         match activation {
             Activation::None => {}
             // A choice, not a product: an infinite gradient of what was cut off must not become NaN.
-            Activation::Relu => {
-                gradients.iter_mut().zip(inputs).for_each(|(g, x)| *g = if *x > 0.0 { *g } else { 0.0 });
-            }
-            Activation::LeakyRelu(slope) => times!(inputs, gradients, |x| if x > 0.0 { 1.0 } else { slope }),
-            Activation::Gelu => times!(inputs, gradients, gelu_gradient::<FMA>),
-            Activation::QuickGelu => times!(inputs, gradients, quick_gelu_gradient::<FMA>),
-            Activation::Silu => times!(inputs, gradients, silu_gradient::<FMA>),
-            Activation::Sigmoid => times!(inputs, gradients, sigmoid_gradient::<FMA>),
+            Activation::Relu => each!(inputs, gradients, |g, x| if x > 0.0 { g } else { 0.0 }),
+            Activation::LeakyRelu(slope) => each!(inputs, gradients, |g, x| if x > 0.0 { g } else { slope * g }),
+            Activation::Gelu => each!(inputs, gradients, |g, x| g * gelu_gradient::<FMA>(x)),
+            Activation::QuickGelu => each!(inputs, gradients, |g, x| g * quick_gelu_gradient::<FMA>(x)),
+            Activation::Silu => each!(inputs, gradients, |g, x| g * silu_gradient::<FMA>(x)),
+            Activation::Sigmoid => each!(inputs, gradients, |g, x| g * sigmoid_gradient::<FMA>(x)),
         }
     }
 }

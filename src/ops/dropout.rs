@@ -6,6 +6,7 @@
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::simd_dispatch;
 use crate::tensor::Tensor;
 use crate::tensor::autograd::record;
 use crate::tensor::rng::Philox;
@@ -62,11 +63,17 @@ impl Dropout {
             for (j, part) in part.chunks_mut(BLOCK).enumerate() {
                 let words = &mut words[..part.len()];
                 rng.fill_words(words, self.first + (i * CHUNK + j * BLOCK) as u64);
-                for (v, word) in part.iter_mut().zip(words) {
-                    *v = if *word < least { 0.0 } else { *v * growth };
-                }
+                drop_slice(part, words, least, growth);
             }
         })
+    }
+}
+
+simd_dispatch! {
+    fn drop_slice<const FMA: bool>(values: &mut [f32], words: &[u32], least: u32, growth: f32) {
+        for (v, word) in values.iter_mut().zip(words) {
+            *v = if *word < least { 0.0 } else { *v * growth };
+        }
     }
 }
 

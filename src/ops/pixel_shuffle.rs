@@ -3,6 +3,7 @@
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::simd_dispatch;
 use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
@@ -23,6 +24,15 @@ pub fn pixel_unshuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
     let mut out = Tensor::new(cx, "pixel_unshuffle", &dims, DType::F32)?;
     let row = dims[2] * dims[3];
     kernels::parallel_chunks(cx, out.slice_mut()?, row, |line, part| {
+        if r == 2 {
+            let (top, bottom) =
+                input[2 * line * width * channels..][..2 * width * channels].split_at(width * channels);
+            let pairs = top.chunks_exact(2 * channels).zip(bottom.chunks_exact(2 * channels));
+            part.chunks_exact_mut(dims[3])
+                .zip(pairs)
+                .for_each(|(pixel, (top, bottom))| interleave(top, bottom, pixel));
+            return;
+        }
         for (j, pixel) in part.chunks_exact_mut(dims[3]).enumerate() {
             for (u, v) in (0..r).flat_map(|u| (0..r).map(move |v| (u, v))) {
                 let source = &input[((line * r + u) * width + j * r + v) * channels..][..channels];
@@ -58,6 +68,21 @@ pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
     let dims = [n, height * r, width * r, channels / (r * r)];
     let mut out = Tensor::new(cx, "pixel_shuffle", &dims, DType::F32)?;
     let row = dims[2] * dims[3];
+    let recorded = |cx: &Context, out| {
+        record(cx, out, &[Some(x)], || {
+            let to = x.tracked();
+            move |cx, flow| flow.give(cx, to, |g| pixel_unshuffle(cx, g, r))
+        })
+    };
+    if r == 2 {
+        kernels::parallel_chunks(cx, out.slice_mut()?, 2 * row, |i, part| {
+            let (top, bottom) = part.split_at_mut(row);
+            let pairs = top.chunks_exact_mut(2 * dims[3]).zip(bottom.chunks_exact_mut(2 * dims[3]));
+            let pixels = input[i * width * channels..].chunks_exact(channels);
+            pixels.zip(pairs).for_each(|(pixel, (top, bottom))| separate(pixel, top, bottom));
+        })?;
+        return recorded(cx, out);
+    }
     kernels::parallel_chunks(cx, out.slice_mut()?, row, |line, part| {
         let (i, u) = (line / r, line % r);
         for (column, pixel) in part.chunks_exact_mut(dims[3]).enumerate() {
@@ -68,10 +93,29 @@ pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             }
         }
     })?;
-    record(cx, out, &[Some(x)], || {
-        let to = x.tracked();
-        move |cx, flow| flow.give(cx, to, |g| pixel_unshuffle(cx, g, r))
-    })
+    recorded(cx, out)
+}
+
+simd_dispatch! {
+    /// Of two pixels above two others, C numbers each: the four of channel 0, then those of channel 1, and so on.
+    fn interleave<const FMA: bool>(top: &[f32], bottom: &[f32], out: &mut [f32]) {
+        let out = out.as_chunks_mut::<4>().0;
+        let ((a, b), (c, d)) = (top.split_at(out.len()), bottom.split_at(out.len()));
+        for ((out, (a, b)), (c, d)) in out.iter_mut().zip(a.iter().zip(b)).zip(c.iter().zip(d)) {
+            *out = [*a, *b, *c, *d];
+        }
+    }
+}
+
+simd_dispatch! {
+    /// The inverse of [`interleave`].
+    fn separate<const FMA: bool>(x: &[f32], top: &mut [f32], bottom: &mut [f32]) {
+        let x = x.as_chunks::<4>().0;
+        let ((a, b), (c, d)) = (top.split_at_mut(x.len()), bottom.split_at_mut(x.len()));
+        for ((x, (a, b)), (c, d)) in x.iter().zip(a.iter_mut().zip(b)).zip(c.iter_mut().zip(d)) {
+            [*a, *b, *c, *d] = *x;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -82,7 +126,13 @@ mod tests {
 
     #[test]
     fn agrees_with_the_definition_and_its_inverse() {
-        for (dims, r) in [([1usize, 1, 1, 1], 1), ([2, 6, 4, 3], 2), ([3, 6, 9, 5], 3), ([2, 2, 2, 33], 2)] {
+        for (dims, r) in [
+            ([1usize, 1, 1, 1], 1),
+            ([2, 6, 4, 3], 2),
+            ([3, 6, 9, 5], 3),
+            ([2, 2, 2, 33], 2),
+            ([1, 4, 6, 70], 2),
+        ] {
             let x = check::random(&dims, 1);
             let [n, h, w, c] = dims;
             let y = check::on_batch(&x, |cx, x, _, _| pixel_unshuffle(cx, x, r));

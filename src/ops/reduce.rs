@@ -110,35 +110,87 @@ impl Part {
     fn sum(&self, terms: Terms, sums: &mut [f64]) {
         sums.fill(0.0);
         let (first, second) = sums.split_at_mut(sums.len() / terms.kinds());
-        for row in 0..self.rows {
-            let range = self.start + row * self.stride..self.start + row * self.stride + self.width;
-            match terms {
-                Terms::Values(x) => add_values(&x[range], first),
-                Terms::Products(x, y) => add_products(&x[range.clone()], &y[range], first),
-                Terms::ValuesAndProducts(x, y) => add_both(&x[range.clone()], &y[range], first, second),
+        match terms {
+            Terms::Values(x) => add_values(self, x, first),
+            Terms::Products(x, y) => add_products(self, x, y, first),
+            Terms::ValuesAndProducts(x, y) => add_both(self, x, y, first, second),
+        }
+    }
+
+    #[inline(always)]
+    fn row<'a>(&self, x: &'a [f32], row: usize) -> &'a [f32] {
+        &x[self.start + row * self.stride..][..self.width]
+    }
+
+    /// Four rows: added to each other before they are added to a sum, which is then loaded and stored less often.
+    #[inline(always)]
+    fn quad<'a>(&self, x: &'a [f32], row: usize) -> [&'a [f32]; 4] {
+        [self.row(x, row), self.row(x, row + 1), self.row(x, row + 2), self.row(x, row + 3)]
+    }
+
+    fn quads(&self) -> impl Iterator<Item = usize> + use<> {
+        (0..self.rows / 4 * 4).step_by(4)
+    }
+
+    /// The rows after the last quad.
+    fn rest(&self) -> std::ops::Range<usize> {
+        self.rows / 4 * 4..self.rows
+    }
+}
+
+// Products of two f32 are exact in f64: a fused multiply-add would not change a bit.
+#[inline(always)]
+fn product(x: f32, y: f32) -> f64 {
+    f64::from(x) * f64::from(y)
+}
+
+simd_dispatch! {
+    fn add_values<const FMA: bool>(part: &Part, x: &[f32], sums: &mut [f64]) {
+        let sums = &mut sums[..part.width];
+        for row in part.quads() {
+            let [a, b, c, d] = part.quad(x, row);
+            for i in 0..sums.len() {
+                sums[i] += (f64::from(a[i]) + f64::from(b[i])) + (f64::from(c[i]) + f64::from(d[i]));
             }
+        }
+        for row in part.rest() {
+            sums.iter_mut().zip(part.row(x, row)).for_each(|(sum, x)| *sum += f64::from(*x));
         }
     }
 }
 
 simd_dispatch! {
-    fn add_values<const FMA: bool>(x: &[f32], sums: &mut [f64]) {
-        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += f64::from(*x));
+    fn add_products<const FMA: bool>(part: &Part, x: &[f32], y: &[f32], sums: &mut [f64]) {
+        let sums = &mut sums[..part.width];
+        for row in part.quads() {
+            let ([a, b, c, d], [p, q, r, s]) = (part.quad(x, row), part.quad(y, row));
+            for i in 0..sums.len() {
+                sums[i] += (product(a[i], p[i]) + product(b[i], q[i])) + (product(c[i], r[i]) + product(d[i], s[i]));
+            }
+        }
+        for row in part.rest() {
+            let terms = part.row(x, row).iter().zip(part.row(y, row));
+            sums.iter_mut().zip(terms).for_each(|(sum, (x, y))| *sum += product(*x, *y));
+        }
     }
 }
 
 simd_dispatch! {
-    // Products of two f32 are exact in f64: a fused multiply-add would not change a bit.
-    fn add_products<const FMA: bool>(x: &[f32], y: &[f32], sums: &mut [f64]) {
-        sums.iter_mut().zip(x.iter().zip(y)).for_each(|(sum, (x, y))| *sum += f64::from(*x) * f64::from(*y));
-    }
-}
-
-simd_dispatch! {
-    fn add_both<const FMA: bool>(x: &[f32], y: &[f32], values: &mut [f64], products: &mut [f64]) {
-        for ((value, product), (x, y)) in values.iter_mut().zip(products).zip(x.iter().zip(y)) {
-            *value += f64::from(*x);
-            *product += f64::from(*x) * f64::from(*y);
+    fn add_both<const FMA: bool>(part: &Part, x: &[f32], y: &[f32], values: &mut [f64], products: &mut [f64]) {
+        let (values, products) = (&mut values[..part.width], &mut products[..part.width]);
+        for row in part.quads() {
+            let ([a, b, c, d], [p, q, r, s]) = (part.quad(x, row), part.quad(y, row));
+            for i in 0..values.len() {
+                values[i] += (f64::from(a[i]) + f64::from(b[i])) + (f64::from(c[i]) + f64::from(d[i]));
+                products[i] += (product(a[i], p[i]) + product(b[i], q[i])) + (product(c[i], r[i]) + product(d[i], s[i]));
+            }
+        }
+        for row in part.rest() {
+            let terms = part.row(x, row).iter().zip(part.row(y, row));
+            for ((value, product_sum), (x, y)) in values.iter_mut().zip(products.iter_mut()).zip(terms) {
+                *value += f64::from(*x);
+                *product_sum += product(*x, *y);
+            }
         }
     }
 }

@@ -120,29 +120,33 @@ simd_dispatch! {
     fn fill_blocks<const FMA: bool>(rng: Philox, first: u64, groups: &mut [[u32; 4 * LANES]]) {
         for (i, group) in groups.iter_mut().enumerate() {
             let first = first + (i * LANES) as u64;
-            let mut counters = [[0; LANES], [0; LANES], [rng.stream[0]; LANES], [rng.stream[1]; LANES]];
-            for lane in 0..LANES {
-                [counters[0][lane], counters[1][lane]] = words(first + lane as u64);
-            }
+            let blocks: [u64; LANES] = std::array::from_fn(|lane| first + lane as u64);
+            let stream = rng.stream.map(|word| [u64::from(word); LANES]);
+            let mut counters = [blocks.map(|b| b & LOW), blocks.map(|b| b >> 32), stream[0], stream[1]];
             philox_lanes(rng.key, &mut counters);
+            let [c0, c1, c2, c3] = counters;
             for (lane, block) in group.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                *block = [counters[0][lane], counters[1][lane], counters[2][lane], counters[3][lane]];
+                *block = [c0[lane] as u32, c1[lane] as u32, c2[lane] as u32, c3[lane] as u32];
             }
         }
     }
 }
 
-/// [`philox`] of several counters, word by word.
+/// The lower of a number's two words.
+const LOW: u64 = u32::MAX as u64;
+
+/// [`philox`] of several counters, word by word; each word alone in a number twice as wide, as vectors multiply them.
 #[inline(always)]
-fn philox_lanes(mut key: [u32; 2], [c0, c1, c2, c3]: &mut [[u32; LANES]; 4]) {
+fn philox_lanes(mut key: [u32; 2], counters: &mut [[u64; LANES]; 4]) {
     for _ in 0..ROUNDS {
+        let [c0, c1, c2, c3] = *counters;
         for lane in 0..LANES {
-            let a = u64::from(MULTIPLIERS[0]) * u64::from(c0[lane]);
-            let b = u64::from(MULTIPLIERS[1]) * u64::from(c2[lane]);
-            c0[lane] = (b >> 32) as u32 ^ c1[lane] ^ key[0];
-            c1[lane] = b as u32;
-            c2[lane] = (a >> 32) as u32 ^ c3[lane] ^ key[1];
-            c3[lane] = a as u32;
+            let a = u64::from(MULTIPLIERS[0]) * (c0[lane] & LOW);
+            let b = u64::from(MULTIPLIERS[1]) * (c2[lane] & LOW);
+            counters[0][lane] = (b >> 32) ^ c1[lane] ^ u64::from(key[0]);
+            counters[1][lane] = b & LOW;
+            counters[2][lane] = (a >> 32) ^ c3[lane] ^ u64::from(key[1]);
+            counters[3][lane] = a & LOW;
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }

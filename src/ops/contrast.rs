@@ -1,0 +1,260 @@
+//! The symmetric InfoNCE loss of CLIP (Radford et al. 2021, figure 3).
+
+use crate::device::Context;
+use crate::device::gemm::{Factors, Gemm, Layout, MatrixB, Values, gemm};
+use crate::error::{Error, Result};
+use crate::ops::kernels;
+use crate::tensor::autograd::{Flow, Tracked, record};
+use crate::tensor::{DType, Tensor};
+
+/// Below it a length counts as it: a vector of zeros keeps its direction, none.
+const LEAST_LENGTH: f64 = 1e-12;
+
+/// What [`contrastive_loss`] computes.
+#[derive(Debug, Clone)]
+pub struct ContrastiveLoss {
+    /// `[1]`.
+    pub loss: Tensor,
+    /// The share of images whose own text has the largest logit.
+    pub accuracy: f32,
+}
+
+/// `(CE(L) + CE(L^T)) / 2` with `L = exp(log_temperature) I T^T`, where the rows of I and T have length 1, and CE is the
+/// mean over rows n of `-log softmax(row)[n]`.
+///
+/// # Shapes
+/// `images` and `texts` `[N, D]`, `F32`, with at least one element; `log_temperature` `[1]`, `F32`.
+///
+/// # Errors
+/// `InvalidArgument` for other shapes; `OutOfMemory`; `Cancelled`.
+pub fn contrastive_loss(
+    cx: &Context,
+    images: &Tensor,
+    texts: &Tensor,
+    log_temperature: &Tensor,
+) -> Result<ContrastiveLoss> {
+    let [count, width] = images.dims_of::<2>("contrasted images")?;
+    if texts.dims() != images.dims() || count * width == 0 {
+        let expected = format!("{} with an element", images.shape());
+        return Err(Error::argument("contrasted texts", expected, texts.shape()));
+    }
+    let [log] = log_temperature.slice::<f32>()? else {
+        return Err(Error::argument("log temperature", "one element", log_temperature.shape()));
+    };
+    let (images_1, texts_1) = (Directions::of(cx, images)?, Directions::of(cx, texts)?);
+    let temperature = f64::from(*log).exp();
+    let mut logits = product(cx, &images_1.rows, &texts_1.rows, Layout::RowsAreOutputs)?;
+    logits.slice_mut::<f32>()?.iter_mut().for_each(|v| *v = (f64::from(*v) * temperature) as f32);
+    let (entropy, by_logits) = cross_entropy(cx, &logits)?;
+    let loss = Tensor::from_slice(&[1], &[entropy as f32])?;
+    let accuracy = accuracy(logits.slice()?, count);
+    let loss = record(cx, loss, &[Some(images), Some(texts), Some(log_temperature)], || {
+        let to = [images, texts, log_temperature].map(Tensor::tracked);
+        Gradient { to, images: images_1, texts: texts_1, temperature, logits, by_logits }.backward()
+    })?;
+    Ok(ContrastiveLoss { loss, accuracy })
+}
+
+/// Rows of length 1, and what divided them.
+struct Directions {
+    rows: Tensor,
+    lengths: Vec<f64>,
+}
+
+impl Directions {
+    fn of(cx: &Context, x: &Tensor) -> Result<Self> {
+        let width = x.shape().channels();
+        let input = x.slice::<f32>()?;
+        let length =
+            |row: &[f32]| row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(LEAST_LENGTH);
+        let lengths: Vec<f64> = input.chunks_exact(width).map(length).collect();
+        let mut rows = Tensor::new(cx, "directions", x.dims(), DType::F32)?;
+        kernels::parallel_chunks(cx, rows.slice_mut()?, width, |n, part| {
+            let values = &input[n * width..][..width];
+            part.iter_mut().zip(values).for_each(|(out, v)| *out = (f64::from(*v) / lengths[n]) as f32);
+        })?;
+        Ok(Directions { rows, lengths })
+    }
+
+    /// The gradient by x from `g`, that by the direction: what of it is across the direction, divided by the length.
+    fn gradient(&self, cx: &Context, mut g: Tensor) -> Result<Tensor> {
+        let width = self.rows.shape().channels();
+        let rows = self.rows.slice::<f32>()?;
+        kernels::parallel_chunks(cx, g.slice_mut::<f32>()?, width, |n, g| {
+            let row = &rows[n * width..][..width];
+            let along: f64 = g.iter().zip(row).map(|(g, v)| f64::from(*g) * f64::from(*v)).sum();
+            for (g, v) in g.iter_mut().zip(row) {
+                *g = ((f64::from(*g) - along * f64::from(*v)) / self.lengths[n]) as f32;
+            }
+        })?;
+        Ok(g)
+    }
+}
+
+/// A B, or A B^T if rows of B are outputs.
+fn product(cx: &Context, a: &Tensor, b: &Tensor, layout: Layout) -> Result<Tensor> {
+    let ([m, k], [rows, columns]) = (a.dims_of("a factor")?, b.dims_of("a factor")?);
+    let n = if layout == Layout::RowsAreOutputs { rows } else { columns };
+    let b = MatrixB { values: Values::F32(b.slice()?), layout, leading: columns };
+    let mut out = Tensor::new(cx, "a product", &[m, n], DType::F32)?;
+    let terms = [Factors { k, a: a.slice()?, lda: k, b }];
+    gemm(cx, &Gemm { m, n, terms: &terms }, out.slice_mut()?, n, |_, _, _| {})?;
+    Ok(out)
+}
+
+/// The transpose of a square matrix.
+fn transposed(cx: &Context, x: &Tensor) -> Result<Tensor> {
+    let count = x.dims()[0];
+    let values = x.slice::<f32>()?;
+    let mut out = Tensor::new(cx, "a transpose", x.dims(), DType::F32)?;
+    kernels::parallel_chunks(cx, out.slice_mut()?, count, |n, row| {
+        row.iter_mut().zip(values.iter().skip(n).step_by(count)).for_each(|(out, v)| *out = *v);
+    })?;
+    Ok(out)
+}
+
+/// The loss from its logits, and its gradient by them: (softmax of rows + softmax of columns - 2) / 2N, where 2 stands on
+/// the diagonal alone.
+fn cross_entropy(cx: &Context, logits: &Tensor) -> Result<(f64, Tensor)> {
+    let count = logits.dims()[0];
+    let across = transposed(cx, logits)?;
+    let mut gradient = Tensor::new(cx, "gradient of logits", logits.dims(), DType::F32)?;
+    let values = gradient.slice_mut::<f32>()?;
+    let share = 0.5 / count as f64;
+    let mut sum = 0.0;
+    values.fill(0.0);
+    for (matrix, [row, column]) in [(logits, [count, 1]), (&across, [1, count])] {
+        for (n, logits) in matrix.slice::<f32>()?.chunks_exact(count).enumerate() {
+            let most = logits.iter().fold(f32::NEG_INFINITY, |most, v| most.max(*v));
+            let exp = |v: &f32| f64::from(v - most).exp();
+            let total: f64 = logits.iter().map(exp).sum();
+            sum += f64::from(most - logits[n]) + total.ln();
+            for (i, v) in logits.iter().enumerate() {
+                values[n * row + i * column] += (exp(v) / total * share) as f32;
+            }
+            values[n * (count + 1)] -= share as f32;
+        }
+    }
+    Ok((sum * share, gradient))
+}
+
+/// The share of rows whose largest number, the first of equal ones, is on the diagonal.
+fn accuracy(logits: &[f32], count: usize) -> f32 {
+    let right = |(n, row): (usize, &[f32])| {
+        row[..n].iter().all(|v| *v < row[n]) && row[n..].iter().all(|v| *v <= row[n])
+    };
+    let rows = logits.chunks_exact(count).enumerate();
+    rows.filter(|row| right(*row)).count() as f32 / count as f32
+}
+
+/// What the backward pass needs.
+struct Gradient {
+    /// Images, texts, temperature.
+    to: [Option<Tracked>; 3],
+    images: Directions,
+    texts: Directions,
+    temperature: f64,
+    logits: Tensor,
+    by_logits: Tensor,
+}
+
+impl Gradient {
+    fn backward(self) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
+        move |cx, flow| {
+            let scale = |g: &Tensor| -> Result<f64> { Ok(f64::from(g.slice::<f32>()?[0])) };
+            let [to_images, to_texts, to_temperature] = self.to;
+            flow.give(cx, to_images, |g| {
+                let g = self.by_products(cx, scale(g)?)?;
+                self.images.gradient(cx, product(cx, &g, &self.texts.rows, Layout::RowsAreInputs)?)
+            })?;
+            flow.give(cx, to_texts, |g| {
+                let g = transposed(cx, &self.by_products(cx, scale(g)?)?)?;
+                self.texts.gradient(cx, product(cx, &g, &self.images.rows, Layout::RowsAreInputs)?)
+            })?;
+            flow.give(cx, to_temperature, |g| {
+                let terms = self.by_logits.slice::<f32>()?.iter().zip(self.logits.slice::<f32>()?);
+                let sum: f64 = terms.map(|(g, v)| f64::from(*g) * f64::from(*v)).sum();
+                Tensor::from_slice(&[1], &[(sum * scale(g)?) as f32])
+            })
+        }
+    }
+
+    /// The gradient by I T^T.
+    fn by_products(&self, cx: &Context, scale: f64) -> Result<Tensor> {
+        let factor = scale * self.temperature;
+        let values = self.by_logits.slice::<f32>()?;
+        let mut out = Tensor::new(cx, "gradient of products", self.by_logits.dims(), DType::F32)?;
+        for (out, v) in out.slice_mut::<f32>()?.iter_mut().zip(values) {
+            *out = (f64::from(*v) * factor) as f32;
+        }
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check;
+
+    fn logits(images: &[f64], texts: &[f64], log: f64, count: usize) -> Vec<f64> {
+        let width = images.len() / count;
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let cosine = |a: &[f64], b: &[f64]| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+        let rows = images.chunks(width).flat_map(|i| texts.chunks(width).map(move |t| (i, t)));
+        rows.map(|(i, t)| log.exp() * cosine(i, t)).collect()
+    }
+
+    fn definition(logits: &[f64], count: usize) -> f64 {
+        let entropy = |at: &dyn Fn(usize, usize) -> f64| -> f64 {
+            let row = |n: usize| (0..count).map(|i| at(n, i).exp()).sum::<f64>().ln() - at(n, n);
+            (0..count).map(row).sum::<f64>() / count as f64
+        };
+        (entropy(&|n, i| logits[n * count + i]) + entropy(&|n, i| logits[i * count + n])) / 2.0
+    }
+
+    #[test]
+    fn agrees_with_the_definition() {
+        for ([count, width], log) in [([1usize, 1usize], 0f32), ([7, 5], 1.5), ([70, 33], 4.6)] {
+            let (images, texts) = (check::random(&[count, width], 1), check::random(&[count, width], 2));
+            let log_temperature = Tensor::from_slice(&[1], &[log]).unwrap();
+            let loss =
+                check::on_threads(|cx| Ok(contrastive_loss(cx, &images, &texts, &log_temperature)?.loss));
+            let logits = logits(&check::wide(&images), &check::wide(&texts), f64::from(log), count);
+            check::close(&loss, &[1], &[definition(&logits, count)], 1e-5);
+            let found = contrastive_loss(&check::cx(), &images, &texts, &log_temperature).unwrap();
+            let best = |row: &[f64]| (0..count).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+            let right = logits.chunks(count).enumerate().filter(|(n, row)| best(row) == *n).count();
+            assert_eq!(found.accuracy, right as f32 / count as f32);
+            let same = contrastive_loss(&check::cx(), &images, &images, &log_temperature).unwrap();
+            assert_eq!(same.accuracy, 1.0);
+        }
+        let (cx, x) = (check::cx(), check::random(&[2, 3], 1));
+        assert!(contrastive_loss(&cx, &x, &check::random(&[3, 2], 1), &check::random(&[1], 1)).is_err());
+        assert!(contrastive_loss(&cx, &x, &x, &check::random(&[2], 1)).is_err());
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_definition() {
+        for ([count, width], log) in [([1usize, 3usize], 0f32), ([5, 4], 1.0), ([3, 7], 2.5)] {
+            let inputs = [
+                check::random(&[count, width], 1),
+                check::random(&[count, width], 2),
+                Tensor::from_slice(&[1], &[log]).unwrap(),
+            ];
+            check::gradients(
+                &inputs,
+                |cx, x| Ok(contrastive_loss(cx, &x[0], &x[1], &x[2])?.loss),
+                |x| vec![definition(&logits(&x[0], &x[1], x[2][0], count), count)],
+            );
+        }
+    }
+
+    #[test]
+    fn zeros_are_numbers_too() {
+        let cx = check::cx();
+        let zeros = Tensor::from_slice(&[2, 3], &[0f32; 6]).unwrap();
+        let found =
+            contrastive_loss(&cx, &zeros, &check::random(&[2, 3], 1), &check::random(&[1], 1)).unwrap();
+        check::close(&found.loss, &[1], &[2f64.ln()], 1e-6);
+    }
+}

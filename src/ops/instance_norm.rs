@@ -1,0 +1,77 @@
+//! Instance normalisation (Ulyanov et al. 2016), without affine parameters.
+
+use crate::device::Context;
+use crate::error::{Error, Result};
+use crate::ops::reduce::{Columns, Terms};
+use crate::ops::standardise::{Moments, sums_of_squares};
+use crate::tensor::Tensor;
+use crate::tensor::autograd::record;
+
+/// `y = (x - mean) / sqrt(var + eps)`, mean and biased variance over the pixels of each sample and channel.
+///
+/// # Shapes
+/// `x` and the result `[N, H, W, C]`, `F32`.
+///
+/// # Errors
+/// `InvalidArgument` for another shape, or a picture without pixels; `OutOfMemory`; `Cancelled`.
+pub fn instance_norm(cx: &Context, x: &Tensor, eps: f32) -> Result<Tensor> {
+    let [groups, height, width, channels] = x.dims_of::<4>("instance norm input")?;
+    let columns = Columns { groups, rows: height * width, channels };
+    if columns.rows == 0 {
+        return Err(Error::argument("instance norm input", "at least one pixel", x.shape()));
+    }
+    let count = columns.rows as f64;
+    let sums = sums_of_squares(cx, columns, x.slice()?, 0)?;
+    let moments = Moments::new(cx, columns, sums.values(), count, eps)?;
+    let out = moments.apply(cx, "instance norm", x, None)?;
+    record(cx, out, &[Some(x)], || {
+        let x = x.clone();
+        move |cx, flow| {
+            flow.give(cx, x.tracked(), |g| {
+                let sums = columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, x.slice()?))?;
+                let sums = moments.gradient_sums(cx, &sums)?;
+                moments.gradient(cx, [g, &x], None, sums.values(), count)
+            })
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check;
+
+    fn definition(x: &[f64], [n, h, w, c]: [usize; 4], eps: f64) -> Vec<f64> {
+        let pixels = h * w;
+        let mut y = x.to_vec();
+        for (sample, channel) in (0..n).flat_map(|n| (0..c).map(move |c| (n, c))) {
+            let at = |p: usize| (sample * pixels + p) * c + channel;
+            let mean = (0..pixels).map(|p| x[at(p)]).sum::<f64>() / pixels as f64;
+            let variance = (0..pixels).map(|p| (x[at(p)] - mean).powi(2)).sum::<f64>() / pixels as f64;
+            (0..pixels).for_each(|p| y[at(p)] = (x[at(p)] - mean) / (variance + eps).sqrt());
+        }
+        y
+    }
+
+    #[test]
+    fn agrees_with_the_definition() {
+        for dims in [[1usize, 1, 1, 1], [3, 5, 7, 33], [2, 40, 30, 5], [1, 2, 2, 600]] {
+            let x = check::random(&dims, 1);
+            let y = check::on_batch(&x, |cx, x, _, _| instance_norm(cx, x, 1e-5));
+            check::close(&y, &dims, &definition(&check::wide(&x), dims, 1e-5), 1e-6);
+        }
+        assert!(instance_norm(&check::cx(), &check::random(&[2, 3, 4], 1), 1e-5).is_err());
+        assert!(instance_norm(&check::cx(), &check::random(&[2, 0, 4, 1], 1), 1e-5).is_err());
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_definition() {
+        for dims in [[1usize, 1, 1, 1], [2, 3, 5, 3], [3, 1, 2, 4]] {
+            check::gradients(
+                &[check::random(&dims, 1)],
+                |cx, x| instance_norm(cx, &x[0], 0.1),
+                |x| definition(&x[0], dims, f64::from(0.1f32)),
+            );
+        }
+    }
+}
