@@ -4,6 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use crate::device::simd::prefetch;
+
 use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values, transpose_plain};
 
 pub(super) struct Avx2;
@@ -175,7 +177,7 @@ unsafe fn pack<T: Load>(b: &MatrixB, from: *const T, part: Part, panel: &mut [f3
     b.pack_plain(part, depth..part.depth, 0..COLUMNS, COLUMNS, panel);
 }
 
-/// [`Kernel::transpose`] of multiples of 8.
+/// [`Kernel::transpose`] of multiples of 8; of rows so far apart the processor foresees none.
 ///
 /// # Safety
 /// AVX2; `depth` rows of `rows` floats, `stride` apart, in `from`; `rows` rows [`A_STRIDE`] apart in `to`.
@@ -184,6 +186,9 @@ unsafe fn transpose_squares(from: &[f32], stride: usize, rows: usize, depth: usi
     let (from, to) = (from.as_ptr(), to.as_mut_ptr());
     for k in (0..depth).step_by(8) {
         for i in (0..rows).step_by(8) {
+            for next in k + 8..depth.min(k + 16) {
+                prefetch(from.wrapping_add(next * stride + i));
+            }
             // SAFETY: 8 rows of 8 floats, inside both.
             unsafe {
                 let mut square = [_mm256_setzero_ps(); 8];

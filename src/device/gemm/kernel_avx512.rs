@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::device::simd::prefetch_to_write;
+use crate::device::simd::{prefetch, prefetch_to_write};
 
 use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values};
 
@@ -174,7 +174,7 @@ unsafe fn pack<T: Load>(b: &MatrixB, from: *const T, part: Part, to: *mut f32) {
     }
 }
 
-/// [`Kernel::transpose`], in squares of 16 x 16. What lies behind `depth` in a row of `to` is overwritten.
+/// [`Kernel::transpose`], in squares of 16 x 16; of rows so far apart the processor foresees none. What lies behind `depth` in a row of `to` is overwritten.
 ///
 /// # Safety
 /// AVX-512; `depth` rows of `rows` floats, `stride` apart, at `from`; `rows` rows, [`A_STRIDE`] apart, of `depth`
@@ -184,6 +184,9 @@ unsafe fn transpose_block(from: *const f32, stride: usize, rows: usize, depth: u
     for k in (0..depth).step_by(16) {
         for i in (0..rows).step_by(16) {
             let (height, width) = ((depth - k).min(16), (rows - i).min(16));
+            for next in k + 16..depth.min(k + 32) {
+                prefetch(from.wrapping_add(next * stride + i));
+            }
             // SAFETY: `height` rows of `width` floats from (k, i) on.
             let square = unsafe { load_rows(from.add(k * stride + i), stride, height, width) };
             for (r, row) in transpose(square).into_iter().enumerate().take(width) {

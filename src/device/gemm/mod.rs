@@ -247,7 +247,9 @@ fn run<K: Kernel>(
     ldc: usize,
     epilogue: &EpilogueFn,
 ) -> Result<()> {
-    let plan = Plan::new::<K>(product.m, product.n, product.depth(), cx.device().threads());
+    let transposed = product.terms.iter().any(|term| term.a.order == Order::Columns);
+    let order = if transposed { Order::Columns } else { Order::Rows };
+    let plan = Plan::new::<K>([product.m, product.n, product.depth()], order, cx.device().threads());
     let job = Job::<K> { product, out, ldc, epilogue, kernel: std::marker::PhantomData };
     match plan.split {
         Split::Columns { per_task } => job.split_columns(cx, &plan, per_task),

@@ -1,6 +1,6 @@
 //! How a product is cut into tasks. No choice made here changes a bit of the result.
 
-use super::{Area, BLOCK_ROWS, DEPTH, Kernel};
+use super::{Area, BLOCK_ROWS, DEPTH, Kernel, Order};
 
 /// Above this many rows, B is packed once for all of them.
 const FEW_ROWS: usize = 2 * BLOCK_ROWS;
@@ -11,12 +11,12 @@ const LITTLE_ROWS: usize = 96;
 /// The most floats of B that lie packed at once: a share of the L3 cache.
 const PACKED_FLOATS: usize = 2 << 20;
 
-/// The deepest product of which all blocks are packed at once. Deeper ones, as gradients of weights are, would leave
-/// room for few columns, and A is copied anew for each round of columns.
-const MOST_DEPTH: usize = 8192;
-
-/// How much of a deeper product is packed at once: whole blocks.
+/// How much of K is packed at once if A is transposed: whole blocks. K is then the rows of a batch, often very many.
+/// All of it would leave room for few columns, and A is copied anew for each round of columns.
 const DEPTH_AT_ONCE: usize = 8 * DEPTH;
+
+/// The fewest rows of a task if A is transposed: whole tiles of each kernel, and whole cache lines of A.
+const TRANSPOSED_ROWS: usize = 48;
 
 /// Tasks per thread that even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 4;
@@ -29,8 +29,8 @@ const PANELS_PER_TASK: usize = 8;
 pub(super) enum Split {
     /// Tasks own `per_task` columns (of one block of rows) and pack B for themselves.
     Columns { per_task: usize },
-    /// Tasks own a block of rows; B is packed beforehand, `columns_at_once` columns of
-    /// `depth_at_once` inputs at a time.
+    /// Tasks own a block of rows; B is packed beforehand, `columns_at_once` columns of `depth_at_once` inputs at
+    /// a time.
     Rows { columns_at_once: usize, depth_at_once: usize },
 }
 
@@ -46,21 +46,26 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// For a product of these dimensions, none but `k` zero.
-    pub fn new<K: Kernel>(m: usize, n: usize, k: usize, threads: usize) -> Self {
+    /// For a product of these dimensions, none but `k` zero, and an A in this order.
+    pub fn new<K: Kernel>([m, n, k]: [usize; 3], order: Order, threads: usize) -> Self {
         let panels = n.div_ceil(K::COLUMNS);
         let wide = panels >= PANELS_PER_TASK * threads;
-        if m <= LITTLE_ROWS || (m <= FEW_ROWS && wide) || threads == 1 && m <= BLOCK_ROWS {
+        let (least_rows, depth_at_once) = match order {
+            Order::Rows => (2 * K::ROWS, usize::MAX),
+            Order::Columns => (TRANSPOSED_ROWS, DEPTH_AT_ONCE),
+        };
+        // A transposed A costs too much to be copied for a few panels.
+        let costly = order == Order::Columns && panels < PANELS_PER_TASK;
+        if !costly && (m <= LITTLE_ROWS || (m <= FEW_ROWS && wide) || threads == 1 && m <= BLOCK_ROWS) {
             let (rows, blocks) = cut::<K>(m, m.div_ceil(BLOCK_ROWS));
             let tasks = (TASKS_PER_THREAD * threads).div_ceil(blocks);
             let least = if m <= LITTLE_ROWS { 1 } else { PANELS_PER_TASK };
             let each = panels.div_ceil(tasks).max(least.min(panels));
             return Plan { rows, blocks, m, split: Split::Columns { per_task: each * K::COLUMNS } };
         }
-        let least = (TASKS_PER_THREAD * threads).min(m.div_ceil(2 * K::ROWS));
+        let least = (TASKS_PER_THREAD * threads).min(m.div_ceil(least_rows));
         let blocks = m.div_ceil(BLOCK_ROWS).max(least).next_multiple_of(threads);
         let (rows, blocks) = cut::<K>(m, blocks);
-        let depth_at_once = if k <= MOST_DEPTH { MOST_DEPTH } else { DEPTH_AT_ONCE };
         let most = PACKED_FLOATS / (k.clamp(DEPTH, depth_at_once) * K::COLUMNS);
         let chunks = panels.div_ceil(most.max(1));
         let columns_at_once = panels.div_ceil(chunks) * K::COLUMNS;
