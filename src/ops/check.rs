@@ -159,5 +159,19 @@ pub fn gradients(
     }
 }
 
+/// Panics unless 1, 2 and 5 threads find the same bits for the gradients of `op` for every input.
+pub fn gradients_on_threads(inputs: &[Tensor], op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>) {
+    let leaves: Vec<Tensor> = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(x, i)).collect();
+    let results = [1, 2, 5].map(|threads| {
+        let cx = Context::new(&Device::cpu(threads).unwrap());
+        let tape = Tape::new();
+        let out = op(&tape.attach(&cx), &leaves).unwrap();
+        let mut found = autograd::Gradients::default();
+        tape.backward(&cx, &[(&out, random(out.dims(), 4711))], &mut found).unwrap();
+        (0..inputs.len()).map(|i| found.take(i).unwrap().bytes().to_vec()).collect::<Vec<_>>()
+    });
+    assert!(results.iter().all(|other| *other == results[0]), "the bits depend on the thread count");
+}
+
 /// Of the central differences: their error is of the order of its square.
 const STEP: f64 = 1e-4;

@@ -1,10 +1,11 @@
 //! The symmetric InfoNCE loss of CLIP (Radford et al. 2021, figure 3).
 
 use crate::device::Context;
-use crate::device::gemm::{Factors, Gemm, Layout, MatrixB, Values, gemm};
+use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
-use crate::tensor::autograd::{Flow, Tracked, record};
+use crate::ops::linear::{Epilogue, linear, linear_transposed};
+use crate::tensor::autograd::{Tracked, record};
 use crate::tensor::{DType, Tensor};
 
 /// Below it a length counts as it: a vector of zeros keeps its direction, none.
@@ -91,15 +92,13 @@ impl Directions {
     }
 }
 
-/// A B, or A B^T if rows of B are outputs.
+/// A B, or A B^T if rows of B are outputs: a part of the op, which the tape does not see.
 fn product(cx: &Context, a: &Tensor, b: &Tensor, layout: Layout) -> Result<Tensor> {
-    let ([m, k], [rows, columns]) = (a.dims_of("a factor")?, b.dims_of("a factor")?);
-    let n = if layout == Layout::RowsAreOutputs { rows } else { columns };
-    let b = MatrixB { values: Values::F32(b.slice()?), layout, leading: columns };
-    let mut out = Tensor::new(cx, "a product", &[m, n], DType::F32)?;
-    let terms = [Factors { k, a: a.slice()?, lda: k, b }];
-    gemm(cx, &Gemm { m, n, terms: &terms }, out.slice_mut()?, n, |_, _, _| {})?;
-    Ok(out)
+    let (a, b) = (a.constant(), b.constant());
+    match layout {
+        Layout::RowsAreOutputs => linear(cx, &a, &b, &Epilogue::default()),
+        Layout::RowsAreInputs => linear_transposed(cx, &a, &b, &Epilogue::default()),
+    }
 }
 
 /// The transpose of a square matrix.
@@ -159,7 +158,7 @@ struct Gradient {
 }
 
 impl Gradient {
-    fn backward(self) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
+    fn backward(self) -> impl FnOnce(&Context, &mut crate::tensor::autograd::Flow) -> Result<()> {
         move |cx, flow| {
             let scale = |g: &Tensor| -> Result<f64> { Ok(f64::from(g.slice::<f32>()?[0])) };
             let [to_images, to_texts, to_temperature] = self.to;

@@ -5,6 +5,7 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::device::Context;
+use crate::device::scratch::SharedMut;
 #[cfg(test)]
 use crate::device::simd;
 pub(crate) use crate::device::simd::fma as mul_add;
@@ -47,6 +48,29 @@ pub(crate) fn parallel_samples(
             first += run.len();
             rest = after;
         }
+    })
+}
+
+/// [`parallel_chunks`] over two outputs at once: `body(i, part, other)` for part `i` of each. Where one of them ends
+/// first, or is empty, its parts are.
+pub(crate) fn parallel_pairs<T: Send, U: Send>(
+    cx: &Context,
+    (out, chunk): (&mut [T], usize),
+    (other, other_chunk): (&mut [U], usize),
+    body: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+) -> Result<()> {
+    let (chunk, other_chunk) = (chunk.max(1), other_chunk.max(1));
+    let tasks = out.len().div_ceil(chunk).max(other.len().div_ceil(other_chunk));
+    let (out, other) = (SharedMut::new(out), SharedMut::new(other));
+    let range =
+        |i: usize, chunk: usize, len: usize| ((i * chunk).min(len), (i + 1).saturating_mul(chunk).min(len));
+    cx.parallel(tasks, |i| {
+        let (start, end) = range(i, chunk, out.len());
+        let (other_start, other_end) = range(i, other_chunk, other.len());
+        // SAFETY: each task number occurs once, and the ranges of different numbers are disjoint.
+        let parts =
+            unsafe { (out.part(start, end - start), other.part(other_start, other_end - other_start)) };
+        body(i, parts.0, parts.1);
     })
 }
 
@@ -109,6 +133,16 @@ pub(crate) fn channel_vector(
         return Err(Error::argument(what, format!("{channels} elements"), vector.shape()));
     }
     widened(cx, what, vector)
+}
+
+/// The number in a float tensor of one element.
+pub(crate) fn scalar(what: &'static str, tensor: &Tensor) -> Result<f32> {
+    if tensor.elements() != 1 {
+        return Err(Error::argument(what, "1 element", tensor.shape()));
+    }
+    let mut value = [0f32];
+    widen(tensor, 0, &mut value)?;
+    Ok(value[0])
 }
 
 /// Runs `body` once at each level below the best of this processor, if its loops run on this thread alone.
@@ -195,6 +229,23 @@ pub(crate) fn sum_squares<const FMA: bool>(x: &[f32], mean: f32) -> f32 {
     for (lane, value) in lanes.iter_mut().zip(rest) {
         let d = value - mean;
         *lane = mul_add::<FMA>(d, d, *lane);
+    }
+    fold(lanes)
+}
+
+/// The sum of `a * (b - mean)`, in an order that only the length decides.
+#[inline(always)]
+pub(crate) fn centred_dot<const FMA: bool>(a: &[f32], b: &[f32], mean: f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = (a_chunks.remainder(), b_chunks.remainder());
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] = mul_add::<FMA>(x[i], y[i] - mean, lanes[i]);
+        }
+    }
+    for (lane, (x, y)) in lanes.iter_mut().zip(rest.0.iter().zip(rest.1)) {
+        *lane = mul_add::<FMA>(*x, *y - mean, *lane);
     }
     fold(lanes)
 }

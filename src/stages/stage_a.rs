@@ -13,7 +13,6 @@ use crate::ops::linear::{Activation, Epilogue};
 use crate::ops::pixel_shuffle::{pixel_shuffle, pixel_unshuffle};
 use crate::ops::residual_mlp::{ResidualMlp, residual_mlp};
 use crate::ops::vector_quantize::nearest;
-use crate::ops::widen::widen;
 use crate::tensor::Tensor;
 
 /// Pixels per side that the first layer folds into channels.
@@ -105,27 +104,26 @@ impl Block {
     }
 
     fn forward(&self, cx: &Context, x: Tensor) -> Result<Tensor> {
-        let gammas = widen(cx, &self.gammas)?;
-        let &[scale_conv, shift_conv, gain_conv, scale_mlp, shift_mlp, gain_mlp] = gammas.slice::<f32>()?
-        else {
-            return Err(Error::internal("stage A block", "six scalars were loaded"));
-        };
-        let norm = LayerNorm { eps: NORM_EPS, affine: None, scale: 1.0 + scale_conv, shift: shift_conv };
+        let gamma = |i| self.gammas.narrow(i, 1);
+        let [scale_conv, shift_conv, gain_conv] = [gamma(0)?, gamma(1)?, gamma(2)?];
+        let [scale_mlp, shift_mlp, gain_mlp] = [gamma(3)?, gamma(4)?, gamma(5)?];
+        let norm =
+            LayerNorm { eps: NORM_EPS, affine: None, scale: Some(&scale_conv), shift: Some(&shift_conv) };
         let conv = DepthwiseConv {
             weight: &self.depthwise_weight,
             bias: Some(&self.depthwise_bias),
             stride: 1,
             padding: Padding::Replicate,
-            then: Then::ScaledResidual { gain: gain_conv, residual: &x },
+            then: Then::ScaledResidual { gain: &gain_conv, residual: &x },
         };
         let mixed = depthwise_conv(cx, &layer_norm(cx, &x, &norm)?, None, &conv)?;
         drop(x);
         let mlp = ResidualMlp {
-            norm: LayerNorm { scale: 1.0 + scale_mlp, shift: shift_mlp, ..norm },
+            norm: LayerNorm { scale: Some(&scale_mlp), shift: Some(&shift_mlp), ..norm },
             expand: self.expand.as_dense(),
             activation: Activation::Gelu,
             project: self.project.as_dense(),
-            gain: gain_mlp,
+            gain: &gain_mlp,
         };
         residual_mlp(cx, &mixed, &mlp)
     }

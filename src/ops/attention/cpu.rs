@@ -89,7 +89,7 @@ impl Job<'_> {
 }
 
 impl KeyValues<'_> {
-    fn tokens(&self) -> Result<usize> {
+    pub(super) fn tokens(&self) -> Result<usize> {
         let [_, tokens, _] = self.keys.tensor.dims_of("attention: keys")?;
         Ok(tokens)
     }
@@ -206,7 +206,7 @@ impl Head<'_> {
 
 simd_dispatch! {
     /// x\[j\] <- e^(scale (x\[j\] - max x)); returns their sum.
-    fn softmax_unscaled<const FMA: bool>(x: &mut [f32], scale: f32) -> f32 {
+    pub(super) fn softmax_unscaled<const FMA: bool>(x: &mut [f32], scale: f32) -> f32 {
         let mut most = [f32::NEG_INFINITY; LANES];
         let (chunks, rest) = x.as_chunks::<LANES>();
         for chunk in chunks {

@@ -1,11 +1,13 @@
 //! Multi-head attention: softmax(q k^T / sqrt(D)) v ("Attention Is All You Need", equation 1).
 
 mod cpu;
+mod gradient;
 #[cfg(test)]
 mod tests;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
+use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
 /// Some columns of a token sequence: q, k or v inside a fused projection.
@@ -74,7 +76,14 @@ pub fn attention(
     let mut y = Tensor::new(cx, "attention: result", &[samples, queries, width], DType::F32)?;
     let job = cpu::Job { q, width, heads, segments, mask, samples, queries, keys };
     job.run(cx, y.slice_mut()?)?;
-    Ok(y)
+    let inputs: Vec<Option<&Tensor>> = std::iter::once(&q)
+        .chain(segments.iter().flat_map(|segment| [&segment.keys, &segment.values]))
+        .map(|columns| Some(columns.tensor))
+        .collect();
+    record(cx, y, &inputs, || {
+        let backward = gradient::Backward::new(&job);
+        move |cx, flow| backward.run(cx, flow)
+    })
 }
 
 impl<'a> Columns<'a> {

@@ -1,6 +1,8 @@
 use super::*;
 use crate::device::Device;
 use crate::device::simd::{Level, tests::at_level};
+use crate::ops::check;
+use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 fn tensor(dims: &[usize], seed: usize) -> Tensor {
     let count = dims.iter().product();
@@ -143,4 +145,163 @@ fn misfits_are_named() {
     named(4, 1, indexed(&[0, 0]), Mask::Causal, "attention: keys");
     named(4, 1, own, Mask::CausalWithLengths(&[1, 4]), "attention: lengths");
     assert!(attention(&cx, c(&x), 4, 1, &[], Mask::None).is_err());
+}
+
+/// A segment for [`gradients`]: which tensor holds its keys, which its values, from which column on, and the index.
+type Place<'a> = ([(usize, usize); 2], Option<&'a [usize]>);
+
+/// Attention of the columns of `t` at these places, and its definition over their numbers.
+struct Case<'a> {
+    dims: Vec<[usize; 3]>,
+    q: (usize, usize),
+    segments: Vec<Place<'a>>,
+    width: usize,
+    heads: usize,
+    mask: Mask<'a>,
+}
+
+impl Case<'_> {
+    fn inputs(&self) -> Vec<Tensor> {
+        self.dims.iter().zip(1..).map(|(dims, seed)| check::random(dims, seed)).collect()
+    }
+
+    fn run(&self, cx: &Context, t: &[Tensor]) -> Result<Tensor> {
+        let at = |(i, start): (usize, usize)| Columns { tensor: &t[i], start };
+        let segments: Vec<KeyValues> = self
+            .segments
+            .iter()
+            .map(|&([keys, values], index)| KeyValues { keys: at(keys), values: at(values), index })
+            .collect();
+        attention(cx, at(self.q), self.width, self.heads, &segments, self.mask)
+    }
+
+    fn definition(&self, t: &[Vec<f64>]) -> Vec<f64> {
+        let d = self.width / self.heads;
+        let [samples, queries, _] = self.dims[self.q.0];
+        let at = |(i, start): (usize, usize), n: usize, token: usize, h: usize| {
+            let [_, tokens, stride] = self.dims[i];
+            &t[i][(n * tokens + token) * stride + start + h * d..][..d]
+        };
+        let mut y = vec![0.0; samples * queries * self.width];
+        for (row, y) in y.chunks_mut(d).enumerate() {
+            let (n, token, h) = (row / self.heads / queries, row / self.heads % queries, row % self.heads);
+            let (mut sum, mut position) = (0.0, 0);
+            for &([keys, values], index) in &self.segments {
+                let entry = index.map_or(n, |index| index[n]);
+                for j in 0..self.dims[keys.0][1] {
+                    let seen = match self.mask {
+                        Mask::None => true,
+                        Mask::Causal => position <= token,
+                        Mask::CausalWithLengths(lengths) => position <= token && position < lengths[n],
+                    };
+                    position += 1;
+                    if !seen {
+                        continue;
+                    }
+                    let pairs = at(self.q, n, token, h).iter().zip(at(keys, entry, j, h));
+                    let p = (pairs.map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt()).exp();
+                    sum += p;
+                    y.iter_mut().zip(at(values, entry, j, h)).for_each(|(y, v)| *y += p * v);
+                }
+            }
+            y.iter_mut().for_each(|y| *y /= sum);
+        }
+        y
+    }
+}
+
+#[test]
+fn gradients() {
+    let (plain, causal) = (Mask::None, Mask::Causal);
+    let own = |tensor, width| ([(tensor, width), (tensor, 2 * width)], None);
+    for case in [
+        // q, keys and values in tensors of their own; one key.
+        Case {
+            dims: vec![[1, 1, 1]; 3],
+            q: (0, 0),
+            segments: vec![([(1, 0), (2, 0)], None)],
+            width: 1,
+            heads: 1,
+            mask: plain,
+        },
+        // One fused projection with columns that nobody reads, and text that two of three samples share.
+        Case {
+            dims: vec![[3, 4, 13], [3, 5, 4], [3, 5, 5]],
+            q: (0, 1),
+            segments: vec![own(0, 4), ([(1, 0), (2, 1)], Some(&[2, 0, 2]))],
+            width: 4,
+            heads: 2,
+            mask: plain,
+        },
+        // More queries than a block, and as many entries as samples in another order.
+        Case {
+            dims: vec![[2, 150, 3], [2, 2, 3], [2, 2, 3]],
+            q: (0, 0),
+            segments: vec![([(1, 0), (2, 0)], Some(&[1, 0]))],
+            width: 3,
+            heads: 1,
+            mask: plain,
+        },
+        // One tensor for everything.
+        Case {
+            dims: vec![[1, 7, 6]],
+            q: (0, 0),
+            segments: vec![([(0, 0), (0, 0)], None)],
+            width: 6,
+            heads: 3,
+            mask: plain,
+        },
+        Case {
+            dims: vec![[2, 5, 12]],
+            q: (0, 0),
+            segments: vec![own(0, 4)],
+            width: 4,
+            heads: 1,
+            mask: causal,
+        },
+        Case {
+            dims: vec![[2, 6, 12]],
+            q: (0, 0),
+            segments: vec![own(0, 4)],
+            width: 4,
+            heads: 2,
+            mask: Mask::CausalWithLengths(&[2, 6]),
+        },
+    ] {
+        for level in Level::available() {
+            at_level(level, || {
+                check::gradients(&case.inputs(), |cx, t| case.run(cx, t), |t| case.definition(t))
+            });
+        }
+    }
+}
+
+#[test]
+fn the_bits_of_gradients_do_not_depend_on_threads() {
+    let case = Case {
+        dims: vec![[2, 300, 120], [1, 77, 80]],
+        q: (0, 0),
+        segments: vec![([(0, 40), (0, 80)], None), ([(1, 0), (1, 40)], Some(&[0, 0]))],
+        width: 40,
+        heads: 5,
+        mask: Mask::None,
+    };
+    check::gradients_on_threads(&case.inputs(), |cx, t| case.run(cx, t));
+}
+
+#[test]
+fn a_constant_query_and_constant_keys_cost_and_get_nothing() {
+    let (cx, tape) = (check::cx(), Tape::new());
+    let [q, k] = [1, 2].map(|seed| check::random(&[1, 3, 4], seed));
+    let v = leaf(&check::random(&[1, 3, 4], 3), 0);
+    let at = |tensor| Columns { tensor, start: 0 };
+    let segment = KeyValues { keys: at(&k), values: at(&v), index: None };
+    let y = attention(&tape.attach(&cx), at(&q), 4, 2, &[segment], Mask::None).unwrap();
+    let ones = Tensor::from_slice(&[1, 3, 4], &[1f32; 12]).unwrap();
+    let mut found = Gradients::default();
+    tape.backward(&cx, &[(&y, ones)], &mut found).unwrap();
+    // The probabilities of a query sum to 1.
+    let sums: Vec<f64> =
+        (0..4).map(|c| check::wide(found.get(0).unwrap()).iter().skip(c).step_by(4).sum()).collect();
+    assert!(sums.iter().all(|sum| (sum - 3.0).abs() < 1e-5), "{sums:?}");
 }

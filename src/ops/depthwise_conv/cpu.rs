@@ -5,16 +5,15 @@
 //! A tap outside a zero-padded image is left out. The order of a sum is that of the taps, then of the group.
 
 use super::{MAX_KERNEL, Padding, Sizes};
-use crate::device::simd::{Level, level};
 use crate::ops::activation::Activation;
 use crate::ops::kernels::mul_add;
 use crate::ops::layer_norm::cpu::moments;
 
 /// Pixels done together: as many sums as hide the latency of one fused multiply-add.
-const PIXELS: usize = 8;
+pub(super) const PIXELS: usize = 8;
 
 /// A register of floats. Left to itself, the compiler keeps the sums of [`block`] in memory.
-trait Vector: Copy {
+pub(super) trait Vector: Copy {
     /// How many floats it holds.
     const WIDTH: usize;
 
@@ -35,7 +34,7 @@ trait Vector: Copy {
 
 /// One float, where channels are few.
 #[derive(Clone, Copy)]
-struct One<const FMA: bool>(f32);
+pub(super) struct One<const FMA: bool>(f32);
 
 impl<const FMA: bool> Vector for One<FMA> {
     const WIDTH: usize = 1;
@@ -116,15 +115,18 @@ pub struct Job<'a> {
     pub then: Then<'a>,
 }
 
-/// The taps of a pixel that count: where the input pixel starts, and which weight it meets.
+/// Where an input pixel starts, and which weight it meets.
+pub(super) type Tap = (usize, usize);
+
+/// The taps of a pixel that count.
 struct Taps {
-    list: [(usize, usize); MAX_KERNEL * MAX_KERNEL],
+    list: [Tap; MAX_KERNEL * MAX_KERNEL],
     len: usize,
 }
 
 /// The place of `at + offset - k/2` within `0..size`, by the rule of the padding.
 #[inline(always)]
-fn place(at: usize, offset: usize, kernel: usize, size: usize, padding: Padding) -> Option<usize> {
+pub(super) fn place(at: usize, offset: usize, kernel: usize, size: usize, padding: Padding) -> Option<usize> {
     let shifted = at + offset;
     let inside = shifted.checked_sub(kernel / 2).filter(|&i| i < size);
     match padding {
@@ -165,7 +167,7 @@ macro_rules! each_pixel {
 
 /// Sums of `P` pixels that lie `stride` apart in the input, over the channels of a vector from `first` on.
 #[inline(always)]
-fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &Taps, first: usize, out: &mut [f32]) {
+fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &[Tap], first: usize, out: &mut [f32]) {
     let Sizes { channels, groups, stride, .. } = job.shape;
     let step = stride * groups * channels;
     let farthest = (P - 1) * step + groups * channels;
@@ -174,7 +176,7 @@ fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &Taps, first
     // is at most `channels`, `g` is below `groups`, `p` is below `P`.
     unsafe {
         let mut sums = [V::load(job.bias.as_ptr().add(first)); PIXELS];
-        for &(pixel, tap) in &taps.list[..taps.len] {
+        for &(pixel, tap) in taps {
             assert!(pixel + farthest <= image.len() && (tap + 1) * groups * channels <= job.weight.len());
             let mut weight = job.weight.as_ptr().add(tap * groups * channels + first);
             let mut input = image.as_ptr().add(pixel + first);
@@ -194,10 +196,10 @@ fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &Taps, first
 /// All channels of `P` neighbouring output pixels. A last vector that would not fit starts earlier: what it does
 /// again, it does the same.
 #[inline(always)]
-fn pixels<const FMA: bool, V: Vector, const P: usize>(
+pub(super) fn pixels<const FMA: bool, V: Vector, const P: usize>(
     job: &Job,
     image: &[f32],
-    taps: &Taps,
+    taps: &[Tap],
     out: &mut [f32],
 ) {
     let channels = job.shape.channels;
@@ -257,11 +259,12 @@ fn body<const FMA: bool, V: Vector>(job: &Job, first_row: usize, out: &mut [f32]
             // A last group that would not fit starts earlier: what it does again, it does the same.
             let first = if count > 1 { x.min(outer - count) } else { x };
             let taps = Taps::of(job, y, first);
+            let taps = &taps.list[..taps.len];
             let out = &mut out[first * channels..(first + count) * channels];
             match count {
-                PIXELS => pixels::<FMA, V, PIXELS>(job, image, &taps, out),
-                1 => pixels::<FMA, V, 1>(job, image, &taps, out),
-                _ => pixels::<FMA, V, { PIXELS / 2 }>(job, image, &taps, out),
+                PIXELS => pixels::<FMA, V, PIXELS>(job, image, taps, out),
+                1 => pixels::<FMA, V, 1>(job, image, taps, out),
+                _ => pixels::<FMA, V, { PIXELS / 2 }>(job, image, taps, out),
             }
             finish::<FMA>(job, row * out_width + first, out);
             x = first + count;
@@ -269,32 +272,45 @@ fn body<const FMA: bool, V: Vector>(job: &Job, first_row: usize, out: &mut [f32]
     }
 }
 
-/// Output rows from row `first_row` of the batch on.
-pub fn rows(job: &Job, first_row: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-    fn avx512(job: &Job, first_row: usize, out: &mut [f32]) {
-        body::<true, std::arch::x86_64::__m512>(job, first_row, out);
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn avx2(job: &Job, first_row: usize, out: &mut [f32]) {
-        body::<true, std::arch::x86_64::__m256>(job, first_row, out);
-    }
-    match level() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `level` found these instructions on this processor.
-        Level::Avx512 => unsafe { avx512(job, first_row, out) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Level::Avx2 => unsafe { avx2(job, first_row, out) },
-        #[cfg(target_arch = "x86_64")]
-        Level::Baseline => body::<false, std::arch::x86_64::__m128>(job, first_row, out),
-        #[cfg(not(target_arch = "x86_64"))]
-        Level::Baseline => body::<{ cfg!(target_arch = "aarch64") }, One<{ cfg!(target_arch = "aarch64") }>>(
-            job, first_row, out,
-        ),
-    }
+/// Defines a function that runs `$body::<FMA, V>` with the widest registers of the processor.
+macro_rules! per_register {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
+        $(#[$doc])*
+        $vis fn $name($($arg: $ty),*) {
+            use $crate::device::simd::{Level, level};
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            fn avx512($($arg: $ty),*) {
+                $body::<true, std::arch::x86_64::__m512>($($arg),*);
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) {
+                $body::<true, std::arch::x86_64::__m256>($($arg),*);
+            }
+            match level() {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: `level` found these instructions on this processor.
+                Level::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Level::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                Level::Baseline => $body::<false, std::arch::x86_64::__m128>($($arg),*),
+                #[cfg(not(target_arch = "x86_64"))]
+                _ => $body::<
+                    { cfg!(target_arch = "aarch64") },
+                    $crate::ops::depthwise_conv::cpu::One<{ cfg!(target_arch = "aarch64") }>,
+                >($($arg),*),
+            }
+        }
+    };
+}
+pub(super) use per_register;
+
+per_register! {
+    /// Output rows from row `first_row` of the batch on.
+    pub fn rows(job: &Job, first_row: usize, out: &mut [f32]) = body
 }
 
 /// One pixel of two inputs, as `[G, C]`: entry (g, c) is channel `c*G + g` of their concatenation.
@@ -306,6 +322,18 @@ pub fn join_pixel(first: &[f32], second: &[f32], channels: usize, out: &mut [f32
         let skipped = g + from_first * groups - first.len();
         let values = first.iter().skip(g).step_by(groups).chain(second.iter().skip(skipped).step_by(groups));
         for (out, value) in out.iter_mut().zip(values) {
+            *out = *value;
+        }
+    }
+}
+
+/// The inverse of [`join_pixel`] for the channels from `first` on: `of_groups` hands out the C numbers of a group.
+pub fn split_pixel<'a>(of_groups: impl Fn(usize) -> &'a [f32], groups: usize, first: usize, out: &mut [f32]) {
+    for g in 0..groups {
+        // The first channel from `first` on that belongs to group g.
+        let skipped = (g + groups - first % groups) % groups;
+        let values = &of_groups(g)[((first + skipped) / groups).min(of_groups(g).len())..];
+        for (out, value) in out.iter_mut().skip(skipped).step_by(groups).zip(values) {
             *out = *value;
         }
     }

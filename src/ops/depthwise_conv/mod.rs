@@ -1,13 +1,18 @@
 //! Depthwise convolution, and the grouped one that joins a skip: each output channel sees its own few inputs.
 
 mod cpu;
+mod gradient;
 #[cfg(test)]
 mod tests;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
+use crate::ops::elementwise::{activate, affine_channels};
 use crate::ops::kernels;
+use crate::ops::layer_norm::{LayerNorm, layer_norm};
+use crate::ops::scaled_residual::scaled_residual;
+use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
 
 /// The largest kernel: 7 x 7.
@@ -34,8 +39,8 @@ pub enum Then<'a> {
     },
     /// `residual + gain * y`.
     ScaledResidual {
-        /// The factor.
-        gain: f32,
+        /// The factor: one element of any float type.
+        gain: &'a Tensor,
         /// Of the shape of the result.
         residual: &'a Tensor,
     },
@@ -76,6 +81,12 @@ pub struct DepthwiseConv<'a> {
 /// `InvalidArgument` if shapes do not fit together, the kernel is not square, odd and at most
 /// [`MAX_KERNEL`], or the stride is 0.
 pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &DepthwiseConv) -> Result<Tensor> {
+    let [first, second] = p.then.tensors();
+    let composed = !matches!(p.then, Then::None);
+    if composed && records(cx, &[Some(x), skip, Some(p.weight), p.bias, first, second]) {
+        let y = depthwise_conv(cx, x, skip, &DepthwiseConv { then: Then::None, ..*p })?;
+        return p.then.apply(cx, y);
+    }
     let shape = shape(x, skip, p)?;
     let joined = match (skip, shape.groups) {
         (None, 1) => x.clone(),
@@ -102,7 +113,32 @@ pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &Depth
     kernels::parallel_chunks(cx, out.slice_mut()?, rows * row, |i, part| {
         cpu::rows(&job, i * rows, part);
     })?;
-    Ok(out)
+    record(cx, out, &[Some(x), skip, Some(p.weight), p.bias], || {
+        let backward = gradient::Backward::new(x, skip, p, shape);
+        move |cx, flow| backward.run(cx, flow)
+    })
+}
+
+impl Then<'_> {
+    fn tensors(&self) -> [Option<&Tensor>; 2] {
+        match *self {
+            Then::None | Then::LayerNorm { .. } => [None, None],
+            Then::ScaledResidual { gain, residual } => [Some(gain), Some(residual)],
+            Then::ChannelAffine { scale, shift, .. } => [Some(scale), Some(shift)],
+        }
+    }
+
+    /// What follows as ops of their own, which record themselves.
+    fn apply(&self, cx: &Context, y: Tensor) -> Result<Tensor> {
+        match *self {
+            Then::None => Ok(y),
+            Then::LayerNorm { eps } => layer_norm(cx, &y, &LayerNorm { eps, ..LayerNorm::default() }),
+            Then::ScaledResidual { gain, residual } => scaled_residual(cx, &y, gain, residual),
+            Then::ChannelAffine { scale, shift, activation } => {
+                activate(cx, affine_channels(cx, y, scale, shift)?, activation)
+            }
+        }
+    }
 }
 
 /// Sizes that are known to fit together.
@@ -211,7 +247,7 @@ impl HeldThen {
                 if residual.dims() != dims {
                     return Err(Error::argument("depthwise residual", format!("{dims:?}"), residual.shape()));
                 }
-                HeldThen::Residual(gain, residual.clone())
+                HeldThen::Residual(kernels::scalar("depthwise gain", gain)?, residual.clone())
             }
             Then::ChannelAffine { scale, shift, activation } => HeldThen::Affine(
                 kernels::channel_vector(cx, "depthwise scale", scale, dims[3])?,

@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::simd::{Level, tests::at_level};
 use crate::ops::check;
 
 struct Case {
@@ -12,12 +13,24 @@ struct Case {
 
 /// The definition, without what follows.
 fn naive(case: &Case) -> (Vec<usize>, Vec<f64>) {
+    let values: Vec<Vec<f64>> = inputs(case).iter().map(check::wide).collect();
+    naive_of(case, &values)
+}
+
+/// x, and of the skip, the weight and the bias what there is.
+fn inputs(case: &Case) -> Vec<Tensor> {
+    let all = [Some(&case.x), case.skip.as_ref(), Some(&case.weight), case.bias.as_ref()];
+    all.into_iter().flatten().cloned().collect()
+}
+
+/// The definition over the values of [`inputs`].
+fn naive_of(case: &Case, values: &[Vec<f64>]) -> (Vec<usize>, Vec<f64>) {
     let [n, h, w, cx] = case.x.dims_of::<4>("x").unwrap();
     let [c, g, k, _] = case.weight.dims_of::<4>("w").unwrap();
     let cs = case.skip.as_ref().map_or(0, |s| s.shape().channels());
-    let (x, weight) = (check::wide(&case.x), check::wide(&case.weight));
-    let skip = case.skip.as_ref().map(check::wide).unwrap_or_default();
-    let bias = case.bias.as_ref().map(check::wide);
+    let skips = usize::from(case.skip.is_some());
+    let (x, skip, weight) = (&values[0], &values[skips], &values[1 + skips]);
+    let bias = values.get(2 + skips);
     let at = |n: usize, y: isize, x_at: isize, channel: usize| -> f64 {
         let inside = y >= 0 && x_at >= 0 && y < h as isize && x_at < w as isize;
         if !inside && case.padding == Padding::Zero {
@@ -128,8 +141,8 @@ fn what_follows_agrees_with_the_definition() {
         let residual = check::random(&dims, 9);
         let y = run(
             &case,
-            |_, _, held| Then::ScaledResidual { gain: 0.3, residual: &held[0] },
-            std::slice::from_ref(&residual),
+            |_, _, held| Then::ScaledResidual { gain: &held[1], residual: &held[0] },
+            &[residual.clone(), Tensor::from_slice(&[1], &[0.3f32]).unwrap()],
         );
         let expected: Vec<f64> =
             conv.iter().zip(check::wide(&residual)).map(|(v, r)| v * f64::from(0.3f32) + r).collect();
@@ -172,4 +185,81 @@ fn what_does_not_fit_is_refused() {
     assert!(depthwise_conv(&cx, &x, Some(&x), &p(&three, 1)).is_err());
     assert!(depthwise_conv(&cx, &x, Some(&check::random(&[1, 4, 3, 6], 1)), &p(&three, 1)).is_err());
     assert!(depthwise_conv(&cx, &x, None, &p(&three, 1)).is_ok());
+}
+
+/// The convolution of `t`, tensors as [`inputs`] has them.
+fn of_all(cx: &Context, case: &Case, t: &[Tensor], then: Then) -> Result<Tensor> {
+    let skips = usize::from(case.skip.is_some());
+    let p = DepthwiseConv {
+        weight: &t[1 + skips],
+        bias: case.bias.as_ref().map(|_| &t[2 + skips]),
+        stride: case.stride,
+        padding: case.padding,
+        then,
+    };
+    depthwise_conv(cx, &t[0], (skips > 0).then(|| &t[1]), &p)
+}
+
+#[test]
+fn gradients() {
+    use Padding::{Replicate, Zero};
+    let mut brain = case([1, 4, 5, 18], 0, 18, 3, 1, Replicate);
+    brain.weight = check::cast(&brain.weight, DType::BF16);
+    for case in [
+        brain,
+        case([1, 1, 1, 1], 0, 1, 1, 1, Zero),
+        case([2, 1, 1, 3], 0, 3, 3, 1, Replicate),
+        case([1, 2, 3, 7], 0, 7, 5, 1, Zero),
+        case([1, 3, 2, 2], 0, 2, 7, 1, Replicate),
+        case([1, 9, 8, 1], 0, 1, 7, 1, Replicate),
+        case([1, 2, 14, 2], 0, 2, 5, 1, Replicate),
+        case([2, 5, 6, 3], 0, 3, 3, 2, Zero),
+        case([1, 4, 9, 2], 0, 2, 3, 2, Replicate),
+        case([1, 7, 6, 2], 0, 2, 5, 2, Replicate),
+        case([1, 2, 8, 3], 3, 3, 3, 1, Zero),
+        case([1, 3, 4, 2], 4, 2, 3, 1, Replicate),
+        case([1, 3, 4, 4], 2, 3, 3, 1, Zero),
+        case([1, 3, 3, 6], 0, 2, 3, 2, Zero),
+        case([1, 2, 9, 2], 0, 2, 7, 3, Zero),
+        case([1, 2, 6, 19], 0, 19, 3, 1, Zero),
+    ] {
+        let op = |cx: &Context, t: &[Tensor]| of_all(cx, &case, t, Then::None);
+        for level in Level::available() {
+            at_level(level, || check::gradients(&inputs(&case), op, |t| naive_of(&case, t).1));
+        }
+    }
+}
+
+#[test]
+fn an_input_twice_and_what_follows_have_gradients() {
+    let case = case([1, 3, 4, 3], 3, 3, 3, 1, Padding::Zero);
+    let twice = |cx: &Context, t: &[Tensor]| {
+        of_all(cx, &case, &[&t[..1], t].concat(), Then::ScaledResidual { gain: &t[3], residual: &t[0] })
+    };
+    let all = [case.x.clone(), case.weight.clone(), case.bias.clone().unwrap(), check::random(&[1], 8)];
+    check::gradients(&all, twice, |t| {
+        let conv = naive_of(&case, &[&t[..1], &t[..3]].concat()).1;
+        conv.iter().zip(&t[0]).map(|(y, x)| x + t[3][0] * y).collect()
+    });
+    let normed = |cx: &Context, t: &[Tensor]| of_all(cx, &case, t, Then::LayerNorm { eps: 1e-3 });
+    check::gradients(&inputs(&case), normed, |t| {
+        let conv = naive_of(&case, t).1;
+        let rows = conv.chunks(3).flat_map(|row| {
+            let mean = row.iter().sum::<f64>() / 3.0;
+            let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 3.0;
+            row.iter().map(move |v| (v - mean) / (var + f64::from(1e-3f32)).sqrt())
+        });
+        rows.collect()
+    });
+}
+
+#[test]
+fn the_bits_of_gradients_do_not_depend_on_threads() {
+    for case in [
+        case([2, 40, 41, 16], 0, 16, 3, 1, Padding::Replicate),
+        case([1, 20, 30, 300], 300, 300, 3, 1, Padding::Zero),
+        case([2, 20, 30, 270], 0, 270, 5, 2, Padding::Zero),
+    ] {
+        check::gradients_on_threads(&inputs(&case), |cx, t| of_all(cx, &case, t, Then::None));
+    }
 }

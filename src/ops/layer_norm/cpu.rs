@@ -1,4 +1,4 @@
-//! Layer normalisation on the CPU: two passes over a row that lies in the first cache.
+//! Layer normalisation on the CPU: two passes over a row that lies in the first cache, and four for its gradient.
 
 use crate::ops::kernels::{self, mul_add};
 
@@ -49,4 +49,51 @@ fn body<const FMA: bool>(p: &Rows, x: &[f32], out: &mut [f32]) {
 kernels::per_cpu! {
     /// Normalises whole rows.
     pub fn normalize_rows(p: &Rows, x: &[f32], out: &mut [f32]) = body
+}
+
+/// `dx = f (dn - mean(dn) - n mean(dn n))` with `n = (x - mean) inverse`, `dn = g w` and `f = inverse * scale`.
+#[inline(always)]
+fn row_gradient<const FMA: bool>(
+    p: &Rows,
+    x: &[f32],
+    (mean, inverse): (f32, f32),
+    g: &[f32],
+    dx: &mut [f32],
+) {
+    match p.affine {
+        None => dx.copy_from_slice(g),
+        Some((weight, _)) => dx.iter_mut().zip(g.iter().zip(weight)).for_each(|(dn, (g, w))| *dn = g * w),
+    }
+    let count = x.len() as f32;
+    let mean_gradient = kernels::sum(dx) / count;
+    let slope = kernels::centred_dot::<FMA>(dx, x, mean) / count * (inverse * inverse);
+    let factor = inverse * p.scale;
+    for (dx, x) in dx.iter_mut().zip(x) {
+        *dx = mul_add::<FMA>(x - mean, -slope, *dx - mean_gradient) * factor;
+    }
+}
+
+#[inline(always)]
+fn gradient_body<const FMA: bool>(p: &Rows, x: &[f32], g: &[f32], dx: &mut [f32], sums: &mut [f32]) {
+    sums.fill(0.0);
+    for (i, (x, g)) in x.chunks_exact(p.channels).zip(g.chunks_exact(p.channels)).enumerate() {
+        let (mean, inverse) = moments::<FMA>(x, p.eps);
+        if !sums.is_empty() {
+            let (of_weight, of_bias) = sums.split_at_mut(p.channels);
+            for ((w, b), (x, g)) in of_weight.iter_mut().zip(of_bias).zip(x.iter().zip(g)) {
+                *w = mul_add::<FMA>((x - mean) * inverse, *g, *w);
+                *b += g;
+            }
+        }
+        if !dx.is_empty() {
+            let dx = &mut dx[i * p.channels..][..p.channels];
+            row_gradient::<FMA>(p, x, (mean, inverse), g, dx);
+        }
+    }
+}
+
+kernels::per_cpu! {
+    /// The gradient `g` of whole rows becomes that of their `x`, and in `sums` `[2, C]` the sums over the rows of
+    /// `g * n`, n the normalised x, and of `g`. An empty output is left out.
+    pub fn gradient_rows(p: &Rows, x: &[f32], g: &[f32], dx: &mut [f32], sums: &mut [f32]) = gradient_body
 }

@@ -6,10 +6,14 @@ mod tests;
 use crate::device::Context;
 use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
+use crate::ops::elementwise::activate;
+use crate::ops::kernels;
 pub use crate::ops::layer_norm::LayerNorm;
-use crate::ops::layer_norm::normalize;
+use crate::ops::layer_norm::{layer_norm, normalize};
 pub use crate::ops::linear::Activation;
-use crate::ops::linear::{Epilogue, Rows, product};
+use crate::ops::linear::{Epilogue, Rows, linear, product};
+use crate::ops::scaled_residual::scaled_residual;
+use crate::tensor::autograd::records;
 use crate::tensor::{DType, Tensor};
 
 /// About how many numbers of the hidden layer are held at a time: 16 MiB. Each group of rows packs both weights
@@ -36,8 +40,8 @@ pub struct ResidualMlp<'a> {
     pub activation: Activation,
     /// From H channels to C.
     pub project: Dense<'a>,
-    /// The factor of the MLP's result.
-    pub gain: f32,
+    /// The factor of the MLP's result: one element of any float type.
+    pub gain: &'a Tensor,
 }
 
 /// y = x + gain * (W2 act(W1 norm(x) + b1) + b2), for each row apart.
@@ -52,13 +56,17 @@ pub fn residual_mlp(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor>
     let [hidden, _] = p.expand.weight.dims_of("mlp expand weight")?;
     check("mlp expand weight", p.expand.weight, [hidden, channels])?;
     check("mlp project weight", p.project.weight, [channels, hidden])?;
+    if records(cx, &p.tensors(x)) {
+        return composed(cx, x, p);
+    }
+    let gain = kernels::scalar("mlp gain", p.gain)?;
     let input = x.slice::<f32>()?;
     let rows = rows_at_once(x.shape().rows(), hidden);
     let mut normed = Tensor::new(cx, "mlp input", &[rows, channels], DType::F32)?;
     let mut inner = Tensor::new(cx, "mlp hidden layer", &[rows, hidden], DType::F32)?;
     let mut out = Tensor::new(cx, "mlp output", x.dims(), DType::F32)?;
     let first = Epilogue { bias: p.expand.bias, activation: p.activation, ..Epilogue::default() };
-    let second = Epilogue { bias: p.project.bias, gain: p.gain, residual: Some(x), ..Epilogue::default() };
+    let second = Epilogue { bias: p.project.bias, gain, residual: Some(x), ..Epilogue::default() };
     for (i, out) in out.slice_mut::<f32>()?.chunks_mut((rows * channels).max(1)).enumerate() {
         let (start, count) = (i * rows, out.len() / channels);
         let normed = &mut normed.slice_mut::<f32>()?[..out.len()];
@@ -68,6 +76,27 @@ pub fn residual_mlp(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor>
         dense(cx, inner, hidden, p.project.weight, &second, start, out)?;
     }
     Ok(out)
+}
+
+impl ResidualMlp<'_> {
+    /// Everything that may be tracked.
+    fn tensors<'a>(&'a self, x: &'a Tensor) -> [Option<&'a Tensor>; 10] {
+        let LayerNorm { affine, scale, shift, .. } = self.norm;
+        let (weight, bias) = affine.unzip();
+        let [expand, project] = [self.expand, self.project];
+        let dense = [Some(expand.weight), expand.bias, Some(project.weight), project.bias];
+        let [first, first_bias, second, second_bias] = dense;
+        [Some(x), weight, bias, scale, shift, first, first_bias, second, second_bias, Some(self.gain)]
+    }
+}
+
+/// The same of ops that record themselves: the hidden layer exists whole.
+fn composed(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
+    let layer =
+        |x: &Tensor, p: &Dense| linear(cx, x, p.weight, &Epilogue { bias: p.bias, ..Epilogue::default() });
+    let hidden = layer(&layer_norm(cx, x, &p.norm)?, &p.expand)?;
+    let y = layer(&activate(cx, hidden, p.activation)?, &p.project)?;
+    scaled_residual(cx, &y, p.gain, x)
 }
 
 /// One layer over some rows.

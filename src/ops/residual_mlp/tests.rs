@@ -2,8 +2,6 @@
 
 use super::*;
 use crate::ops::check::{activation, cast, close, cx, on_batch, on_threads, random, wide};
-use crate::ops::layer_norm::layer_norm;
-use crate::ops::linear::linear;
 
 /// The weights of an MLP from `channels` to `hidden` channels and back.
 struct Weights {
@@ -11,6 +9,8 @@ struct Weights {
     expand_bias: Tensor,
     project: Tensor,
     project_bias: Tensor,
+    /// Scale - 1, shift and gain.
+    scalars: [Tensor; 3],
 }
 
 impl Weights {
@@ -20,16 +20,18 @@ impl Weights {
             expand_bias: cast(&random(&[hidden], 2), dtype),
             project: cast(&random(&[channels, hidden], 3), dtype),
             project_bias: cast(&random(&[channels], 4), dtype),
+            scalars: [-0.2f32, -0.1, 0.3].map(|v| Tensor::from_slice(&[1], &[v]).unwrap()),
         }
     }
 
     fn mlp(&self, biased: bool) -> ResidualMlp<'_> {
+        let [scale, shift, gain] = &self.scalars;
         ResidualMlp {
-            norm: LayerNorm { scale: 0.8, shift: -0.1, ..LayerNorm::default() },
+            norm: LayerNorm { scale: Some(scale), shift: Some(shift), ..LayerNorm::default() },
             expand: Dense { weight: &self.expand, bias: biased.then_some(&self.expand_bias) },
             activation: Activation::Gelu,
             project: Dense { weight: &self.project, bias: biased.then_some(&self.project_bias) },
-            gain: 0.3,
+            gain,
         }
     }
 }
@@ -43,7 +45,8 @@ fn naive_dense(x: &[f64], p: &Dense, act: Activation) -> Vec<f64> {
 
 fn naive(x: &Tensor, p: &ResidualMlp) -> Vec<f64> {
     let (channels, eps) = (x.shape().channels(), f64::from(p.norm.eps));
-    let (scale, shift, gain) = (f64::from(p.norm.scale), f64::from(p.norm.shift), f64::from(p.gain));
+    let scalar = |t: Option<&Tensor>| t.map_or(0.0, |t| wide(t)[0]);
+    let (scale, shift, gain) = (1.0 + scalar(p.norm.scale), scalar(p.norm.shift), scalar(Some(p.gain)));
     let row = |row: &[f64]| {
         let mean = row.iter().sum::<f64>() / channels as f64;
         let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / channels as f64;
@@ -55,11 +58,16 @@ fn naive(x: &Tensor, p: &ResidualMlp) -> Vec<f64> {
     wide(x).chunks(channels).flat_map(row).collect()
 }
 
-/// The same of whole ops.
-fn composed(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
+/// The same of whole ops with epilogues.
+fn fused(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
     let first = Epilogue { bias: p.expand.bias, activation: p.activation, ..Epilogue::default() };
     let hidden = linear(cx, &layer_norm(cx, x, &p.norm)?, p.expand.weight, &first)?;
-    let then = Epilogue { bias: p.project.bias, gain: p.gain, residual: Some(x), ..Epilogue::default() };
+    let then = Epilogue {
+        bias: p.project.bias,
+        gain: wide(p.gain)[0] as f32,
+        residual: Some(x),
+        ..Epilogue::default()
+    };
     linear(cx, &hidden, p.project.weight, &then)
 }
 
@@ -76,6 +84,7 @@ fn agrees_with_a_plain_loop_and_the_composed_ops() {
             let p = weights.mlp(biased);
             let y = on_batch(&x, |cx, x, _, _| residual_mlp(cx, x, &p));
             close(&y, &dims, &naive(&x, &p), 2e-6);
+            assert!(y.bytes() == fused(&cx(), &x, &p).unwrap().bytes());
             assert!(y.bytes() == composed(&cx(), &x, &p).unwrap().bytes());
         }
     }
@@ -89,7 +98,7 @@ fn groups_of_rows_do_not_show() {
     let (x, weights) = (random(&[1, rows, 3], 5), Weights::new(3, hidden, DType::F32));
     let p = weights.mlp(true);
     let y = on_threads(|cx| residual_mlp(cx, &x, &p));
-    assert!(y.bytes() == composed(&cx(), &x, &p).unwrap().bytes());
+    assert!(y.bytes() == fused(&cx(), &x, &p).unwrap().bytes());
 }
 
 #[test]
@@ -113,7 +122,7 @@ fn sizes_of_zero_are_allowed() {
     let p = weights.mlp(true);
     let bias = wide(&weights.project_bias);
     let want: Vec<f64> =
-        wide(&x).iter().enumerate().map(|(i, x)| x + f64::from(p.gain) * bias[i % 4]).collect();
+        wide(&x).iter().enumerate().map(|(i, x)| x + wide(p.gain)[0] * bias[i % 4]).collect();
     close(&residual_mlp(&cx(), &x, &p).unwrap(), &[5, 4], &want, 1e-6);
 }
 
