@@ -38,21 +38,26 @@ fn mpirun(count: usize, arguments: &[&str]) -> Output {
 
 fn trained(count: usize, stage: &str) -> (Vec<f64>, Vec<Named>) {
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ranks-{stage}-{count}.safetensors"));
-    let settings = [format!("learning_rate={RATE}"), "warmup_steps=0".into(), format!("adam_eps={EPS_ABOVE_NOISE}")];
-    let mut arguments = vec!["--stage", stage, "--steps", "5", "--batch", "8", "--out", out.to_str().unwrap()];
+    let settings =
+        [format!("learning_rate={RATE}"), "warmup_steps=0".into(), format!("adam_eps={EPS_ABOVE_NOISE}")];
+    let mut arguments =
+        vec!["--stage", stage, "--steps", "5", "--batch", "8", "--out", out.to_str().unwrap()];
     arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
     let output = mpirun(count, &arguments);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
+    let line =
+        |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
     (said.lines().map(line).collect(), read(&out))
 }
 
 fn read(path: &Path) -> Vec<Named> {
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let numbers = |data: &[u8]| data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    let mut tensors: Vec<Named> = file.iter().map(|(name, view)| (name.into(), numbers(view.data()))).collect();
+    let numbers =
+        |data: &[u8]| data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let mut tensors: Vec<Named> =
+        file.iter().map(|(name, view)| (name.into(), numbers(view.data()))).collect();
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     tensors
 }

@@ -15,7 +15,8 @@ use wuerstchen::training::{Goal, MpiRanks, TrainOptions, Trainer};
 use wuerstchen::weights::write_safetensors;
 use wuerstchen::{Image, Model, ModelOptions};
 
-const USAGE: &str = "usage: train_ranks --model FOLDER --stage b|c [--steps N] [--batch N] [--size PIXELS] [--threads N]
+const USAGE: &str =
+    "usage: train_ranks --model FOLDER --stage b|c [--steps N] [--batch N] [--size PIXELS] [--threads N]
                    [--set OPTION=VALUE]... [--out FILE.safetensors]";
 
 type Failure = Box<dyn std::error::Error>;
@@ -109,8 +110,11 @@ fn run(arguments: &Arguments, link: &Arc<MpiRanks>) -> Result<(), Failure> {
     let share = arguments.batch / ranks;
     for step in 0..arguments.steps {
         let first = step * arguments.batch + rank * share;
-        let (images, captions): (Vec<Image>, Vec<&str>) =
-            (first..first + share).map(|number| sample(number, arguments.size)).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let (images, captions): (Vec<Image>, Vec<&str>) = (first..first + share)
+            .map(|number| sample(number, arguments.size))
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter()
+            .unzip();
         let samples = trainer.prepare(&images.iter().collect::<Vec<_>>(), &captions)?;
         let started = Instant::now();
         let metrics = trainer.step_over(&samples.iter().collect::<Vec<_>>())?;

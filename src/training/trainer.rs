@@ -145,13 +145,21 @@ impl Trainer {
             return Err(Error::argument("images", "at least one", 0));
         }
         if images.len() != captions.len() {
-            return Err(Error::argument("captions", format!("{}, one per image", images.len()), captions.len()));
+            return Err(Error::argument(
+                "captions",
+                format!("{}, one per image", images.len()),
+                captions.len(),
+            ));
         }
         let size = |image: &Image| (image.width(), image.height());
         if let Some(other) = images.iter().find(|image| size(image) != size(images[0])) {
             let (width, height) = size(images[0]);
             let expected = format!("pictures of one size, {width} x {height} like the first");
-            return Err(Error::argument("images", expected, format!("{} x {}", other.width(), other.height())));
+            return Err(Error::argument(
+                "images",
+                expected,
+                format!("{} x {}", other.width(), other.height()),
+            ));
         }
         run_apart_with_reserve("preparing samples", LISTS_BYTES, || {
             self.task.prepare(&self.context(), &self.model, images, captions)
@@ -215,7 +223,11 @@ impl Trainer {
                 model: &self.model,
                 options: &self.options,
                 samples: &samples[range.clone()],
-                draws: Draws { seed: self.options.seed, first: first + range.start as u64, count: range.len() },
+                draws: Draws {
+                    seed: self.options.seed,
+                    first: first + range.start as u64,
+                    count: range.len(),
+                },
                 step: self.progress.step,
                 share: share as f32,
                 reduce: self.reduce.as_ref(),
@@ -257,9 +269,8 @@ impl Trainer {
         if metrics.skipped {
             self.progress.skipped += 1;
             let (step, norm) = (metrics.step, metrics.grad_norm);
-            self.model.say(LogLevel::Warning, || {
-                format!("step {step} skipped: loss {loss}, gradient norm {norm}")
-            });
+            self.model
+                .say(LogLevel::Warning, || format!("step {step} skipped: loss {loss}, gradient norm {norm}"));
         } else {
             self.update(&gradients, norm, &seen)?;
         }
@@ -274,9 +285,12 @@ impl Trainer {
         let settings = self.options.optimizer;
         self.task.unload();
         let scale = clip_factor(norm, settings.clip);
-        let updated = optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
-            .and_then(|()| self.parameters.follow(seen))
-            .and_then(|()| self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1));
+        let updated =
+            optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
+                .and_then(|()| self.parameters.follow(seen))
+                .and_then(|()| {
+                    self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
+                });
         self.reload()?;
         updated
     }

@@ -30,7 +30,8 @@ impl ThreadRank {
     /// As many as `count`, to be handed out to threads.
     pub fn all(count: usize, links: Links) -> Vec<Arc<Self>> {
         let (statistics, gradients) = (Arc::new(Meeting::of(count)), Arc::new(Meeting::of(count)));
-        let rank = |rank| ThreadRank { rank, links, statistics: statistics.clone(), gradients: gradients.clone() };
+        let rank =
+            |rank| ThreadRank { rank, links, statistics: statistics.clone(), gradients: gradients.clone() };
         (0..count).map(rank).map(Arc::new).collect()
     }
 }
@@ -117,14 +118,14 @@ impl<T: Copy + std::ops::AddAssign> Meeting<T> {
 pub type Named = (String, Vec<f32>);
 
 /// How far weights may lie apart after some steps, in multiples of the learning rate.
-const STEP_TOLERANCE: f64 = 0.03;
+const STEP_TOLERANCE: f64 = 0.02;
 /// How far losses and running statistics may, relatively.
 const RELATIVE_TOLERANCE: f64 = 1e-5;
 
 /// Sums over ranks add the same numbers in another order, so runs differ by rounding and no more. Adam makes whole
 /// steps of the rounding noise of gradients that should be 0 (biases of keys, and those before a BatchNorm), unless
 /// its eps is well above that noise: such runs set `adam_eps` to this.
-pub const EPS_ABOVE_NOISE: &str = "1e-5";
+pub const EPS_ABOVE_NOISE: &str = "1e-6";
 
 pub fn assert_same_weights(what: &str, found: &[Named], expected: &[Named], rate: f64) {
     assert_eq!(found.len(), expected.len(), "{what}");
