@@ -8,6 +8,7 @@ use super::optimizer::{self, Moments, clip_factor, gradient_norm};
 use super::options::{Goal, TrainOptions};
 use super::parameters::Parameters;
 use super::reduction::Reduction;
+use super::tasks::pair::PairTask;
 use super::tasks::stage_b::StageBTask;
 use super::tasks::stage_c::StageCTask;
 use super::tasks::{Measured, Pass, Sample, Task};
@@ -79,6 +80,7 @@ impl Trainer {
         let task: Box<dyn Task> = match options.goal {
             Goal::StageC => Box::new(StageCTask::new(&cx, base, &mut parameters)?),
             Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
+            Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
             goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
         };
         let average = Average::new(&parameters)?;
@@ -145,21 +147,13 @@ impl Trainer {
             return Err(Error::argument("images", "at least one", 0));
         }
         if images.len() != captions.len() {
-            return Err(Error::argument(
-                "captions",
-                format!("{}, one per image", images.len()),
-                captions.len(),
-            ));
+            return Err(Error::argument("captions", format!("{}, one per image", images.len()), captions.len()));
         }
         let size = |image: &Image| (image.width(), image.height());
         if let Some(other) = images.iter().find(|image| size(image) != size(images[0])) {
             let (width, height) = size(images[0]);
             let expected = format!("pictures of one size, {width} x {height} like the first");
-            return Err(Error::argument(
-                "images",
-                expected,
-                format!("{} x {}", other.width(), other.height()),
-            ));
+            return Err(Error::argument("images", expected, format!("{} x {}", other.width(), other.height())));
         }
         run_apart_with_reserve("preparing samples", LISTS_BYTES, || {
             self.task.prepare(&self.context(), &self.model, images, captions)
@@ -223,11 +217,7 @@ impl Trainer {
                 model: &self.model,
                 options: &self.options,
                 samples: &samples[range.clone()],
-                draws: Draws {
-                    seed: self.options.seed,
-                    first: first + range.start as u64,
-                    count: range.len(),
-                },
+                draws: Draws { seed: self.options.seed, first: first + range.start as u64, count: range.len() },
                 step: self.progress.step,
                 share: share as f32,
                 reduce: self.reduce.as_ref(),
@@ -255,7 +245,7 @@ impl Trainer {
         // The square of a sum is the number of its terms times the sum of their squares only if all are equal. Every
         // rank sees the same sums, so all refuse or none.
         if sizes * sizes != squares * ranks as f64 {
-            let found = format!("{sizes} in all, {size} of this rank");
+            let found = format!("{size} on rank {rank}, {sizes} in all");
             return Err(Error::argument("samples", "as many on every rank", found));
         }
         let metrics = TrainMetrics {
@@ -269,8 +259,9 @@ impl Trainer {
         if metrics.skipped {
             self.progress.skipped += 1;
             let (step, norm) = (metrics.step, metrics.grad_norm);
-            self.model
-                .say(LogLevel::Warning, || format!("step {step} skipped: loss {loss}, gradient norm {norm}"));
+            self.model.say(LogLevel::Warning, || {
+                format!("step {step} skipped: loss {loss}, gradient norm {norm}")
+            });
         } else {
             self.update(&gradients, norm, &seen)?;
         }
@@ -285,12 +276,10 @@ impl Trainer {
         let settings = self.options.optimizer;
         self.task.unload();
         let scale = clip_factor(norm, settings.clip);
-        let updated =
-            optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
-                .and_then(|()| self.parameters.follow(seen))
-                .and_then(|()| {
-                    self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
-                });
+        let updated = optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
+            .and_then(|()| self.parameters.follow(seen))
+            .and_then(|()| self.task.after_step(&mut self.parameters))
+            .and_then(|()| self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1));
         self.reload()?;
         updated
     }
