@@ -83,8 +83,11 @@ fn main() -> Outcome<()> {
     let samples: Vec<&Sample> = samples.iter().collect();
 
     // Weights, gradients, two moments; beside them the average, which the rival has not.
-    let trained: usize =
-        trainer.parameters().trained().map(|place| trainer.parameters().list()[place].master().elements()).sum();
+    let trained: usize = trainer
+        .parameters()
+        .trained()
+        .map(|place| trainer.parameters().list()[place].master().elements())
+        .sum();
     let resident_before = resident("VmRSS:")?;
     reset_peak();
     let mut seconds = Vec::new();

@@ -66,7 +66,11 @@ fn image_encoder() {
     let pixels = case.image("x");
     let features = part.network.features(&cx, &pixels, Mode::Inference).unwrap();
     case.assert_image("features", &features, NETWORK_TOLERANCE);
-    case.assert_image("out", &part.network.forward(&cx, &pixels, Mode::Inference).unwrap(), NETWORK_TOLERANCE);
+    case.assert_image(
+        "out",
+        &part.network.forward(&cx, &pixels, Mode::Inference).unwrap(),
+        NETWORK_TOLERANCE,
+    );
 }
 
 fn check_stage_a(case: &str, folder: &str) {

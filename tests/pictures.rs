@@ -10,10 +10,10 @@ mod common;
 use common::Case;
 use folder::{PARTS, bare, distance, emoji, open, picture, reports, rounded, short, tiny};
 use safetensors::Dtype;
-use wuerstchen::nn::Mode;
 use wuerstchen::diffusion::latents::{ddim_step, ddpm_step};
 use wuerstchen::diffusion::schedule::{CosineSchedule, linspace};
 use wuerstchen::image::from_pixels;
+use wuerstchen::nn::Mode;
 use wuerstchen::pipeline::load;
 use wuerstchen::stages::blocks::Conditioning;
 use wuerstchen::{Choice, Error, GenerateOptions, Image, Model, ModelOptions, Sampler, Stage, Tensor};
@@ -629,7 +629,13 @@ fn outputs(folder: &std::path::Path) -> Vec<(&'static str, Tensor, Vec<f32>)> {
 
     let case = Case::read("image_encoder");
     let encoder = load::image_encoder(&folder.join("image_encoder")).unwrap().encoder.network;
-    push("image encoder", encoder.forward(&cx, &case.image("x"), Mode::Inference).unwrap(), &case, "out", true);
+    push(
+        "image encoder",
+        encoder.forward(&cx, &case.image("x"), Mode::Inference).unwrap(),
+        &case,
+        "out",
+        true,
+    );
 
     let case = Case::read("stage_a");
     let stage_a = load::stage_a(&folder.join("stage_a")).unwrap().network;

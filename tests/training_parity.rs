@@ -113,13 +113,17 @@ fn stage_b_in_training(part: &Part<StageB>) -> Parameters {
 fn add_encoder(parameters: &mut Parameters, part: &Part<ImageEncoder>) {
     let (cx, config) = (context(), part.network.config().clone());
     let source = part.keys.source(&part.weights);
-    parameters
-        .add(&cx, "image_encoder", &source, Role::Trained, |p| ImageEncoder::load(p, config))
-        .unwrap();
+    parameters.add(&cx, "image_encoder", &source, Role::Trained, |p| ImageEncoder::load(p, config)).unwrap();
 }
 
 /// The loss of Stage C over recorded tensors whose names begin with `prefix`, and its gradients.
-fn learn_stage_c(cx: &Context, case: &Case, prefix: &str, parameters: &Parameters, part: &Part<StageC>) -> (f64, Gradients) {
+fn learn_stage_c(
+    cx: &Context,
+    case: &Case,
+    prefix: &str,
+    parameters: &Parameters,
+    part: &Part<StageC>,
+) -> (f64, Gradients) {
     let network = StageC::load(&Params::new(parameters).sub("stage_c"), *part.network.config()).unwrap();
     let named = |name: &str| format!("{prefix}{name}");
     let batch = stage_c::Batch {
@@ -190,7 +194,8 @@ fn stage_b_gradients() {
     let (cx, case) = (context(), Case::read("stage_b_grad"));
     let part = load::stage_b(&fixtures().join("model/stage_b")).unwrap();
     let parameters = stage_b_in_training(&part);
-    let network = StageB::load(&Params::new(&parameters).sub("stage_b"), part.network.config().clone()).unwrap();
+    let network =
+        StageB::load(&Params::new(&parameters).sub("stage_b"), part.network.config().clone()).unwrap();
     let replaced: Vec<bool> = case.integers("mask").iter().map(|&m| m != 0).collect();
     let batch = stage_b::Batch {
         tokens: &case.tokens("latents"),
@@ -273,7 +278,9 @@ fn settings(case: &Case, warmup: &str) -> AdamW {
         betas: [beta(0), beta(1)],
         eps: number("eps"),
         weight_decay: number("weight_decay"),
-        warmup_steps: case.settings[warmup].as_u64().unwrap_or_else(|| case.settings["warmup_updates"].as_u64().unwrap()),
+        warmup_steps: case.settings[warmup]
+            .as_u64()
+            .unwrap_or_else(|| case.settings["warmup_updates"].as_u64().unwrap()),
         clip: number("clip"),
     }
 }
@@ -294,7 +301,8 @@ fn assert_final(case: &Case, parameters: &Parameters, average: &Average, of: &[T
                     continue;
                 }
                 // A running statistic is no step: it inherits what the noise elements do to the activations.
-                let allowed = if statistic { 5e-4 * f64::from(want.abs()).max(0.1) } else { STEP_TOLERANCE * rate };
+                let allowed =
+                    if statistic { 5e-4 * f64::from(want.abs()).max(0.1) } else { STEP_TOLERANCE * rate };
                 let error = (f64::from(*got) - f64::from(*want)).abs();
                 assert!(error <= allowed, "{kind}{name}[{}]: {got} instead of {want}", first + i);
             }
@@ -314,7 +322,12 @@ fn five_steps_of_stage_c() {
     let ema = Ema { decay: case.settings["ema_beta"].as_f64().unwrap() as f32, start: 0, every: 1 };
     let trained = [Trained { prefix: "stage_c", keys: &part.keys, recorded: "" }];
     for step in 0..5 {
-        assert_scalar("rate", settings.rate(step as u64).into(), case.floats("lr")[step].max(1e-30), 1e-6 + f64::from(step == 0) * 2.0);
+        assert_scalar(
+            "rate",
+            settings.rate(step as u64).into(),
+            case.floats("lr")[step].max(1e-30),
+            1e-6 + f64::from(step == 0) * 2.0,
+        );
         let (loss, found) = learn_stage_c(&cx, &case, &format!("step.{step}."), &parameters, &part);
         assert_scalar("loss", loss, case.floats("loss")[step], 2e-5);
         if step == 0 {
@@ -352,7 +365,8 @@ fn five_steps_of_stage_b_with_its_encoder() {
         let tape = Tape::new();
         let recording = tape.attach(&cx);
         let pass = TrainingPass::new(None, None);
-        let latents = encode.forward(&recording, &case.image(&named("images")), Mode::Training(&pass)).unwrap();
+        let latents =
+            encode.forward(&recording, &case.image(&named("images")), Mode::Training(&pass)).unwrap();
         let count = latents.dims()[0];
         let noise_name = named("effnet_noise");
         let noise = if case.has(&noise_name) { case.image(&noise_name) } else { latents.constant() };

@@ -10,9 +10,10 @@ venv_has numpy numpy || { note "parity needs Python 3 with numpy"; exit 1; }
 status=0
 "$build/venv/bin/python" tests/python/parity.py || status=1
 if [ "${1:-}" != --recorded ]; then
-    venv_has "torch, diffusers, transformers" -r tests/reference/requirements.txt ||
+    venv_has "torch, diffusers, transformers, peft" -r tests/reference/requirements.txt ||
         { note "diffusers is not there and could not be fetched: nothing to compare with"; exit 1; }
     # shellcheck disable=SC2086 # several words are meant
     "$build/venv/bin/python" tests/reference/diffusers_parity.py ${PARITY:-} || status=1
+    "$build/venv/bin/python" tests/reference/lora_parity.py || status=1
 fi
 exit $status

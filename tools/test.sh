@@ -113,6 +113,17 @@ parity_tests() {
     tail -n 1 "$build/log/parity-diffusers.log" >"$build/log/parity-diffusers-results.log"
     counted "parity with diffusers" parity-diffusers.log $status \
         "$(sum parity-diffusers-results.log passed)" "$(sum parity-diffusers-results.log failed)" 0
+
+    say "adapters of peft"
+    if ! venv_has "torch, diffusers, peft"; then
+        skip "adapters of peft: it, diffusers or PyTorch is not there ('make parity' fetches them)"
+        return
+    fi
+    run parity-lora.log "$build/venv/bin/python" tests/reference/lora_parity.py
+    status=$?
+    tail -n 1 "$build/log/parity-lora.log" >"$build/log/parity-lora-results.log"
+    counted "adapters of peft" parity-lora.log $status \
+        "$(sum parity-lora-results.log passed)" "$(sum parity-lora-results.log failed)" 0
 }
 
 # step_of NAME LOG COMMAND...: one test that is a command.

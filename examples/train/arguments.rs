@@ -60,7 +60,8 @@ impl Arguments {
                 continue;
             }
             let value = words.next().ok_or_else(|| format!("{word}: a value must follow\n{USAGE}"))?;
-            let pair = || value.split_once('=').ok_or_else(|| format!("{word} {value}: NAME=VALUE must follow"));
+            let pair =
+                || value.split_once('=').ok_or_else(|| format!("{word} {value}: NAME=VALUE must follow"));
             match word.as_str() {
                 "--from" => parsed.from = Some(value.into()),
                 "--configs" => parsed.configs = value.into(),

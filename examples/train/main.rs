@@ -72,7 +72,7 @@ fn begin(arguments: &Arguments, model: &Path) -> Outcome<()> {
     let captions = Dataset::captions_of(&arguments.data)?;
     let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
     std::fs::create_dir_all(configs.join("tokenizer"))?;
-    train_tokenizer(&captions, VOCABULARY, &configs.join("tokenizer").join("tokenizer.json"))?;
+    train_tokenizer(captions.iter().copied(), VOCABULARY, &configs.join("tokenizer").join("tokenizer.json"))?;
     create_model(&configs, model, arguments.seed)?;
     Ok(())
 }

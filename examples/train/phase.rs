@@ -62,7 +62,12 @@ pub fn train(goal: Goal, arguments: &Arguments, model_folder: &Path, data: &Data
         if metrics.step.is_multiple_of(arguments.grid_every) && goal != Goal::Pair {
             let preview = arguments.out.join("preview");
             trainer.export(&preview)?;
-            grid::draw(&preview, goal, data, &arguments.out.join(format!("grid-{}-{:06}.png", name(goal), metrics.step)))?;
+            grid::draw(
+                &preview,
+                goal,
+                data,
+                &arguments.out.join(format!("grid-{}-{:06}.png", name(goal), metrics.step)),
+            )?;
         }
     }
     trainer.export(model_folder)?;

@@ -33,7 +33,8 @@ impl Report {
         let path = folder.join("metrics.jsonl");
         keep_until(&path, part, done)?;
         let lines = BufWriter::new(OpenOptions::new().create(true).append(true).open(path)?);
-        let style = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg} {per_sec}, {eta} left")?;
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg} {per_sec}, {eta} left")?;
         let bar = ProgressBar::new(steps).with_style(style).with_prefix(part).with_position(done);
         bar.reset_eta();
         Ok(Report { part, folder: folder.into(), lines, bar, last: Instant::now() })
@@ -102,7 +103,8 @@ fn read(path: &Path) -> Outcome<Curves> {
 }
 
 fn plot(curves: &Curves, path: &Path) -> Outcome<()> {
-    register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular()).map_err(|_| "a font that is none")?;
+    register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
+        .map_err(|_| "a font that is none")?;
     let steps = curves.values().flatten().map(|point| point.0).fold(1.0, f64::max);
     let relative = |curve: &[(f64, f64)]| {
         let first = curve.first().map_or(1.0, |point| point.1);

@@ -285,7 +285,9 @@ fn forward_log(callback: &Callback<LogFunction>, level: LogLevel, text: &str) {
 }
 
 /// Sets an option by name, for configuration files and scripting languages: "device", "threads", …; the message
-/// for an unknown key lists all. "prior_path" and "decoder_path" name the folder of a v2 model's other half. "test.panic" with "caller" or "thread" makes this call fail with WST_INTERNAL as a
+/// for an unknown key lists all. "prior_path" and "decoder_path" name the folder of a v2 model's other half. "lora" adds a
+/// LoRA adapter of Stage C, a file or a folder as diffusers writes it; "lora_scale" is a factor of the one named last.
+/// "test.panic" with "caller" or "thread" makes this call fail with WST_INTERNAL as a
 /// defect would, so that a host can test what it does then.
 ///
 /// Owner: `key` and `value` are copied.

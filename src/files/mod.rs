@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::device::{Buffer, threads};
 use crate::error::{Error, Result};
-pub(crate) use replace::{replace_folder, whole_folder};
+pub(crate) use replace::{replace_file, replace_folder, whole_folder};
 
 /// Opens a regular file and gives its size in bytes. A pipe or a device is refused instead of waited for.
 ///

@@ -1,4 +1,4 @@
-//! Folders that are replaced as a whole: whoever looks, at any moment, finds the old one or the new one.
+//! Folders and files that are replaced as a whole: whoever looks, at any moment, finds the old one or the new one.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -33,6 +33,25 @@ pub(crate) fn replace_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>
         sync(parent)?;
     }
     remove(&new)
+}
+
+/// Writes a file with `fill`, beside where it shall be, and puts it there in one step, as [`replace_folder`] does. The
+/// folder that it lies in is made if there is none.
+///
+/// # Errors
+/// `Io`; those of `fill`.
+pub(crate) fn replace_file(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let new = beside(path, NEW)?;
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(|source| Error::io(parent, source))?;
+    let put = || fs::rename(&new, path).map_err(|source| Error::io(path, source));
+    let placed = fill(&new).and_then(|()| sync(&new)).and_then(|()| put());
+    if let Err(error) = placed {
+        // What is left would be overwritten by the next attempt; the error is what counts.
+        drop(fs::remove_file(&new));
+        return Err(error);
+    }
+    sync(parent)
 }
 
 /// The folder itself or, if the system cannot exchange two folders and the process ended between two renamings, the
@@ -92,6 +111,21 @@ fn sync(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_attempt_leaves_the_old_file() {
+        let root = std::env::temp_dir().join(format!("replace-file-{}", std::process::id()));
+        let path = root.join("made/kept");
+        let write = |text: &'static str| {
+            move |file: &Path| fs::write(file, text).map_err(|source| Error::io(file, source))
+        };
+        replace_file(&path, write("first")).unwrap();
+        replace_file(&path, write("second")).unwrap();
+        assert!(replace_file(&path, |file| write("third")(file).and(Err(Error::Cancelled))).is_err());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
+        fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn a_failed_attempt_leaves_the_old_folder() {

@@ -1,9 +1,11 @@
 //! Layers with weights, built only from ops. What they load their weights through is defined here.
 
+mod adapted;
 mod linear;
 mod norm;
 mod training;
 
+pub use adapted::{AdaptedLinear, LowRank};
 pub use linear::Linear;
 pub use norm::{BatchNorm, LayerNorm};
 pub use training::{DepthDraw, DepthFactors, Mode, RunningUpdate, TrainingPass};
@@ -21,6 +23,11 @@ pub trait Source {
 
     /// Whether there is a weight `name`.
     fn has(&self, name: &str) -> bool;
+
+    /// The low-rank adapter that the source brings for the layer `name`, if it does.
+    fn adapter(&self, _name: &str) -> Option<LowRank> {
+        None
+    }
 }
 
 /// The weights below one name: what a layer's constructor takes.
@@ -61,6 +68,11 @@ impl<'a> Params<'a> {
     /// Whether there is a weight `name`.
     pub fn has(&self, name: &str) -> bool {
         self.source.has(&self.join(name))
+    }
+
+    /// The low-rank adapter of the layer that these weights belong to.
+    pub fn adapter(&self) -> Option<LowRank> {
+        self.source.adapter(&self.prefix)
     }
 
     fn join(&self, name: &str) -> String {

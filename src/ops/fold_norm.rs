@@ -81,7 +81,8 @@ mod tests {
 
     #[test]
     fn weight_and_bias_learn_from_the_shift() {
-        let (mean, variance) = (random(&[5], 3), Tensor::from_slice(&[5], &[0.5f32, 1., 2., 3., 0.1]).unwrap());
+        let (mean, variance) =
+            (random(&[5], 3), Tensor::from_slice(&[5], &[0.5f32, 1., 2., 3., 0.1]).unwrap());
         let op = |cx: &Context, x: &[Tensor]| {
             let p = FixedNorm { weight: &x[0], bias: &x[1], mean: &mean, variance: &variance, eps: 1e-3 };
             Ok(fold_norm(cx, &p)?[1].clone())

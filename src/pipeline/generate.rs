@@ -7,7 +7,9 @@ use super::generate_options::{GenerateOptions, Init, InitFrom};
 use super::load::TextPart;
 use super::model::Model;
 use super::options::{LogLevel, Progress, Stage};
-use super::walks::{StageBWalk, StageCWalk, Texts, check_finite, initial_latents, one_each};
+use super::walks::{
+    StageBWalk, StageCWalk, Texts, check_finite, check_finite_latents, initial_latents, one_each,
+};
 use crate::device::{CancelToken, Context};
 use crate::diffusion::latents::LatentStep;
 use crate::diffusion::noise::SeededNoise;
@@ -153,7 +155,7 @@ impl Run<'_> {
         }
         let (h, w) = self.latent_grid();
         let walk = StageCWalk::new(self.model, self.options, &self.cx, (h, w))?;
-        let weights = &self.model.prior()?.stage_c.weights;
+        let prior = self.model.prior()?;
         let mut latents = Vec::with_capacity(requests.len());
         let at_once = (LATENT_POSITIONS_AT_ONCE / (2 * h * w)).max(1);
         let chunks = requests.len().div_ceil(at_once);
@@ -175,12 +177,12 @@ impl Run<'_> {
                 self.tell(Stage::C, done, steps, preview);
                 Ok(())
             })?;
-            check_finite(&x, "Stage C", weights)?;
+            check_finite_latents(&x, prior)?;
             for i in 0..requests.len() {
                 latents.push(x.narrow(i, 1)?);
             }
         }
-        self.model.leave_stage(weights);
+        self.model.leave_stage(&prior.stage_c.weights);
         Ok(latents)
     }
 
@@ -252,7 +254,7 @@ impl Run<'_> {
     /// A short Stage B from the clean latents that the first picture's state implies.
     fn preview_of_latents(&self, walk: &StageCWalk, texts: &Texts, step: LatentStep) -> Result<Image> {
         let clean = walk.implied_clean(&step)?;
-        check_finite(&clean, "Stage C", &self.model.prior()?.stage_c.weights)?;
+        check_finite_latents(&clean, self.model.prior()?)?;
         let short = StageBWalk::preview(self.model, self.options, &self.cx, self.latent_grid())?;
         self.decode(&short.glance(&clean, texts)?)
     }

@@ -9,6 +9,7 @@ use super::options::ModelOptions;
 use crate::device::Context;
 use crate::diffusion::schedule::CosineSchedule;
 use crate::error::{Error, Result};
+use crate::nn::Params;
 use crate::stages::diffnext::DiffNeXt;
 use crate::stages::stage_a::StageA;
 use crate::stages::stage_b::StageB;
@@ -16,6 +17,7 @@ use crate::stages::stage_c::StageC;
 use crate::tensor::{DType, Tensor};
 use crate::weights::Weights;
 use crate::weights::config::{CONFIG_FILE, GenerationDefaults, ModelIndex, Pipeline};
+use crate::weights::lora::{Adapted, Adapter, ScaledAdapter};
 
 /// Text to latents.
 pub(super) struct Prior {
@@ -23,6 +25,39 @@ pub(super) struct Prior {
     pub stage_c: Part<StageC>,
     pub schedule: CosineSchedule,
     pub scaling: LatentScaling,
+    /// What Stage C's network has beside its weights.
+    pub adapters: Vec<ScaledAdapter>,
+}
+
+impl Prior {
+    /// Loads Stage C anew, with the adapters in these files.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::open`]; `Format`, naming the file and the tensor, for adapters of another model.
+    fn adapt(&mut self, files: &[(PathBuf, f32)]) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let open = |(path, scale): &(PathBuf, f32)| {
+            Ok(ScaledAdapter { adapter: Adapter::open(path)?, scale: *scale })
+        };
+        let adapters = files.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let Part { network, weights, keys } = &mut self.stage_c;
+        let base = keys.source(weights);
+        let source = Adapted::new(&base, &adapters);
+        *network = StageC::load(&Params::new(&source), *network.config())?;
+        source.expect_all_used()?;
+        drop(source);
+        drop(base);
+        self.adapters = adapters;
+        Ok(())
+    }
+
+    /// The files that Stage C computes with.
+    pub fn stage_c_weights(&self) -> impl Iterator<Item = &Weights> {
+        let adapters = self.adapters.iter().map(|scaled| scaled.adapter.weights());
+        std::iter::once(&self.stage_c.weights).chain(adapters)
+    }
 }
 
 /// Latents to pixels.
@@ -126,7 +161,7 @@ impl Halves {
     /// As [`super::Model::open`].
     pub fn open(path: &Path, options: &ModelOptions) -> Result<Self> {
         let index = ModelIndex::read(path)?;
-        let halves = match index.pipeline.generation() {
+        let mut halves = match index.pipeline.generation() {
             1 => Self::open_v1(path, options, index)?,
             2 => Self::open_v2(path, options, index)?,
             generation => {
@@ -136,6 +171,14 @@ impl Halves {
             }
         };
         halves.check_fit()?;
+        match &mut halves.prior {
+            Some(prior) => prior.adapt(&options.lora)?,
+            None if options.lora.is_empty() => {}
+            None => {
+                let expected = format!("none: {} holds no Stage C", path.display());
+                return Err(Error::argument("lora", expected, options.lora[0].0.display()));
+            }
+        }
         Ok(halves)
     }
 
@@ -157,6 +200,7 @@ impl Halves {
             stage_c: load::stage_c(&path.join("stage_c"))?,
             schedule: CosineSchedule::default(),
             scaling: LatentScaling::NONE,
+            adapters: Vec::new(),
         };
         let image = image_encoder(path)?;
         Ok(Halves { index, prior: Some(prior), decoder: Some(decoder), image })
@@ -297,6 +341,7 @@ fn open_prior(folder: &Path, index: &ModelIndex) -> Result<Prior> {
         stage_c: load::prior(&part("prior"))?,
         schedule: load::scheduler(&part("scheduler"))?,
         scaling: LatentScaling { mean: index.v2.latent_mean, std: index.v2.latent_std },
+        adapters: Vec::new(),
     })
 }
 

@@ -20,5 +20,5 @@ const LISTS_BYTES: usize = 8 << 20;
 pub use generate_options::GenerateOptions;
 pub use job::Job;
 pub use model::{Model, ModelInfo};
-pub(crate) use trainable::TokenIds;
 pub use options::{Choice, LogFn, LogLevel, ModelOptions, Progress, ProgressFn, Residency, Sampler, Stage};
+pub(crate) use trainable::TokenIds;

@@ -308,7 +308,7 @@ impl Inner {
 
     fn weights(&self) -> impl Iterator<Item = &Weights> {
         let Halves { prior, decoder, image, .. } = &self.halves;
-        let prior = prior.iter().map(|prior| &prior.stage_c.weights);
+        let prior = prior.iter().flat_map(Prior::stage_c_weights);
         let decoder = decoder.iter().flat_map(|d| [d.stage_b.weights(), &d.stage_a.weights]);
         let image = image.iter().map(|image| &image.encoder.weights);
         prior.chain(decoder).chain(image).chain(self.texts().map(|text| &text.tower.weights))

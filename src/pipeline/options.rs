@@ -73,6 +73,10 @@ pub struct ModelOptions {
     pub(super) log: Option<(LogLevel, LogFn)>,
     pub(super) prior_path: Option<PathBuf>,
     pub(super) decoder_path: Option<PathBuf>,
+    /// Adapters of Stage C: a file or folder, and how strongly it is applied.
+    pub(super) lora: Vec<(PathBuf, f32)>,
+    /// The scale that came before the adapter that it is for.
+    lora_scale: Option<f32>,
 }
 
 impl Default for ModelOptions {
@@ -83,6 +87,8 @@ impl Default for ModelOptions {
             log: None,
             prior_path: None,
             decoder_path: None,
+            lora: Vec::new(),
+            lora_scale: None,
         }
     }
 }
@@ -166,8 +172,41 @@ impl ModelOptions {
         Ok(())
     }
 
+    /// Adds a LoRA adapter of Stage C's attention projections, as diffusers or training writes it: a `.safetensors`
+    /// file, or a folder with `pytorch_lora_weights.safetensors`. Its updates are multiplied by `scale`, beside what
+    /// the file says. Those of several adapters add up.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a scale that is not finite. The file is looked at when the model is opened.
+    pub fn add_lora(&mut self, path: impl Into<PathBuf>, scale: f32) -> Result<()> {
+        check_scale(scale)?;
+        self.lora.push((path.into(), scale));
+        Ok(())
+    }
+
+    /// `lora`: an adapter of scale 1, or of the `lora_scale` before it; an empty path for none at all.
+    fn set_lora(&mut self, path: &str) -> Result<()> {
+        let scale = self.lora_scale.take().unwrap_or(1.0);
+        if path.is_empty() {
+            self.lora.clear();
+            return Ok(());
+        }
+        self.add_lora(path, scale)
+    }
+
+    /// `lora_scale`: of the adapter that was named last or, before any was, of the first.
+    fn set_lora_scale(&mut self, scale: f32) -> Result<()> {
+        check_scale(scale)?;
+        match self.lora.last_mut() {
+            Some((_, of_last)) => *of_last = scale,
+            None => self.lora_scale = Some(scale),
+        }
+        Ok(())
+    }
+
     /// Any of the above by name, for configuration files: `device`, `threads`, `compute_dtype` (`f32`),
-    /// `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`.
+    /// `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`; `lora`, each time another adapter, and
+    /// `lora_scale`, of the adapter that was named last (1 unless it is given).
     ///
     /// # Errors
     /// `InvalidArgument` for an unknown key or a value that does not parse; what the named setter returns.
@@ -189,12 +228,18 @@ impl ModelOptions {
             }),
             "prior_path" => self.set_prior_path(value),
             "decoder_path" => self.set_decoder_path(value),
+            "lora" => self.set_lora(value),
+            "lora_scale" => self.set_lora_scale(parse(key, value)?),
             _ => {
-                let keys = "one of device, threads, compute_dtype, residency, prior_path, decoder_path";
+                let keys = "one of device, threads, compute_dtype, residency, prior_path, decoder_path, lora, lora_scale";
                 Err(Error::argument("model option", keys, format!("{key:?}")))
             }
         }
     }
+}
+
+fn check_scale(scale: f32) -> Result<()> {
+    if scale.is_finite() { Ok(()) } else { Err(Error::argument("lora_scale", "a finite number", scale)) }
 }
 
 /// The number that a text option holds.

@@ -8,7 +8,7 @@ use super::halves::StageBPart;
 use super::load::{Part, TextPart};
 use super::model::Model;
 use super::options::{Progress, Stage};
-use super::walks::{StageBWalk, StageCWalk, Texts, check_finite};
+use super::walks::{StageBWalk, StageCWalk, Texts, check_finite, check_finite_latents};
 use crate::device::Context;
 use crate::device::threads::run_apart_with_reserve;
 use crate::diffusion::noise::{NoiseSource, SeededNoise};
@@ -293,7 +293,7 @@ impl Model {
                 report(&progress(Stage::C, step.done, walk.steps(), started));
                 Ok(())
             })?;
-            check_finite(&latents, "Stage C", &prior.stage_c.weights)?;
+            check_finite_latents(&latents, prior)?;
             latents.detached()
         })
     }

@@ -17,6 +17,7 @@ use crate::stages::stage_b::StageB;
 use crate::stages::stage_c::StageC;
 use crate::stages::text_encoder::TextEncoder;
 use crate::tensor::{DType, Tensor};
+use crate::weights::lora::ScaledAdapter;
 
 /// Token ids of some texts.
 #[derive(Debug, Clone)]
@@ -56,10 +57,23 @@ impl Model {
     /// Stage C and its schedule.
     ///
     /// # Errors
-    /// `Unsupported` if no folder holds it.
+    /// `Unsupported` if no folder holds it, or adapters were opened with it.
     pub(crate) fn stage_c(&self) -> Result<(&Part<StageC>, CosineSchedule)> {
         let prior = self.prior()?;
+        if !prior.adapters.is_empty() {
+            let reason = "merge them into a model folder first, or open it without";
+            return Err(Error::unsupported("training a Stage C with adapters", reason));
+        }
         Ok((&prior.stage_c, prior.schedule))
+    }
+
+    /// Stage C and the adapters that were opened with it.
+    ///
+    /// # Errors
+    /// `Unsupported` if no folder holds it.
+    pub(crate) fn adapted_stage_c(&self) -> Result<(&Part<StageC>, &[ScaledAdapter])> {
+        let prior = self.prior()?;
+        Ok((&prior.stage_c, &prior.adapters))
     }
 
     /// # Errors
@@ -80,6 +94,15 @@ impl Model {
     /// `InvalidArgument` for text that the tokenizer cannot split; `OutOfMemory`.
     pub(crate) fn token_ids(&self, cx: &Context, stage: Stage, texts: &[&str]) -> Result<TokenIds> {
         self.text_of(stage)?.token_ids(cx, texts)
+    }
+
+    /// The token that ends every text.
+    ///
+    /// # Errors
+    /// As [`Model::tower`].
+    pub(crate) fn end_of_text(&self, stage: Stage) -> Result<i64> {
+        let special = self.text_of(stage)?.tokenizer.special_ids();
+        special.eos.map(i64::from).ok_or_else(|| Error::internal("a tokenizer", "it has no end of texts"))
     }
 
     /// Embedded texts, `[N, T, width]`.

@@ -230,8 +230,7 @@ impl Depthwise {
         let mixed = match mode {
             Mode::Inference => {
                 let [scale, shift] = self.norm.affine(cx)?;
-                let then =
-                    Then::ChannelAffine { scale: &scale, shift: &shift, activation: Activation::Silu };
+                let then = Then::ChannelAffine { scale: &scale, shift: &shift, activation: Activation::Silu };
                 depthwise_conv(cx, x, None, &DepthwiseConv { then, ..conv })?
             }
             Mode::Training(pass) => {
@@ -261,14 +260,8 @@ impl Block {
         let plain = |conv: ConvNorm| ConvNorm { activation: Activation::None, ..conv };
         let blocks: usize = config.stages.iter().map(|stage| stage.layers).sum();
         let skip_probability = config.stochastic_depth * number as f32 / blocks as f32;
-        let block = |expand, spatial, project| Block {
-            expand,
-            spatial,
-            project,
-            residual,
-            number,
-            skip_probability,
-        };
+        let block =
+            |expand, spatial, project| Block { expand, spatial, project, residual, number, skip_probability };
         Ok(match stage.kind {
             BlockKind::FusedMbConv if stage.expand_ratio == 1 => {
                 let conv = ConvNorm::load(&p.sub("expand"), [inputs, outputs], stage.kernel, config)?;
@@ -373,7 +366,9 @@ impl ImageEncoder {
         let features = self.features(cx, pixels, mode)?;
         let (add, div) = (self.config.output_add, self.config.output_div);
         let output = |head: Tensor| {
-            let constant = |value: f32| Tensor::from_slice(&[self.config.latent_channels], &vec![value; self.config.latent_channels]);
+            let constant = |value: f32| {
+                Tensor::from_slice(&[self.config.latent_channels], &vec![value; self.config.latent_channels])
+            };
             affine_channels(cx, head, &constant(1.0 / div)?, &constant(add / div)?)
         };
         if let Mode::Training(pass) = mode {

@@ -15,10 +15,10 @@ pub(super) const VOCABULARY_FILE: &str = "vocab.json";
 pub(super) const MERGES_FILE: &str = "merges.txt";
 
 /// What CLIP appends to the last token of a word.
-const END_OF_WORD: &str = "</w>";
+pub(super) const END_OF_WORD: &str = "</w>";
 
 /// Everything but the vocabulary: normalise, split, spell bytes as characters. The same for all of CLIP's.
-const SKELETON: &str = r#"{
+pub(super) const SKELETON: &str = r#"{
   "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
   "normalizer": {"type": "Sequence", "normalizers": [
     {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}, {"type": "Lowercase"}]},

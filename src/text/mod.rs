@@ -2,5 +2,7 @@
 
 mod legacy;
 mod tokenizer;
+mod train;
 
 pub use tokenizer::{SpecialIds, TokenIds, Tokenizer};
+pub use train::train_tokenizer;

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::files;
 
 /// The file that holds a whole tokenizer.
-const TOKENIZER_FILE: &str = "tokenizer.json";
+pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Files that name the special tokens, first come first served.
 const SPECIALS_FILES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
@@ -44,8 +44,8 @@ const COMPONENT_MAX_DEPTH: usize = 16;
 const PIECE_MAX_CHARS: usize = 40;
 
 /// CLIP's own names of its special tokens.
-const BOS: &str = "<|startoftext|>";
-const EOS: &str = "<|endoftext|>";
+pub(super) const BOS: &str = "<|startoftext|>";
+pub(super) const EOS: &str = "<|endoftext|>";
 
 /// The ids of the tokens around a prompt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -56,7 +56,10 @@ impl Trainer {
         write_safetensors(&folder.join(PARAMETERS), changing.map(|p| (p.name.clone(), p.master())))?;
         let moments = self.moments.of.iter().flat_map(|(&place, moments)| {
             let name = &list[place].name;
-            moments.iter().zip(["first", "second"]).map(move |(moment, kind)| (format!("{kind}.{name}"), moment))
+            moments
+                .iter()
+                .zip(["first", "second"])
+                .map(move |(moment, kind)| (format!("{kind}.{name}"), moment))
         });
         write_safetensors(&folder.join(OPTIMIZER), moments)?;
         let average = self.average.of.iter().map(|(&place, average)| (list[place].name.clone(), average));
@@ -71,7 +74,8 @@ impl Trainer {
             data: self.data_position.clone(),
         };
         let path = folder.join(STATE);
-        let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::internal("a checkpoint", e.to_string()))?;
+        let text =
+            serde_json::to_vec_pretty(&state).map_err(|e| Error::internal("a checkpoint", e.to_string()))?;
         std::fs::write(&path, text).map_err(|source| Error::io(path, source))
     }
 
@@ -89,7 +93,9 @@ impl Trainer {
         let state = self.read_state(&folder.join(STATE))?;
         let open = |name: &str| Weights::open_file(&folder.join(name));
         let list = self.parameters.list();
-        let read = |weights: &Weights, name: &str, like: &Tensor| weights.tensor_shaped(name, like.dims())?.detached();
+        let read = |weights: &Weights, name: &str, like: &Tensor| {
+            weights.tensor_shaped(name, like.dims())?.detached()
+        };
 
         let weights = open(PARAMETERS)?;
         let changing = list.iter().enumerate().filter(|(_, p)| p.role != Role::Frozen);
@@ -100,7 +106,9 @@ impl Trainer {
         let mut moments = Moments { steps: state.optimizer_steps, of: HashMap::new() };
         if moments.steps > 0 {
             for place in self.parameters.trained() {
-                let moment = |kind: &str| read(&weights, &format!("{kind}.{}", list[place].name), list[place].master());
+                let moment = |kind: &str| {
+                    read(&weights, &format!("{kind}.{}", list[place].name), list[place].master())
+                };
                 moments.of.insert(place, [moment("first")?, moment("second")?]);
             }
         }
@@ -131,7 +139,11 @@ impl Trainer {
             .map_err(|error| Error::format(place(), "the state of a training run", error))?;
         if state.format_version != FORMAT_VERSION {
             let found = state.format_version;
-            return Err(Error::format(format!("{}: format_version", place()), FORMAT_VERSION.to_string(), found));
+            return Err(Error::format(
+                format!("{}: format_version", place()),
+                FORMAT_VERSION.to_string(),
+                found,
+            ));
         }
         if state.stage != self.stage_name() {
             return Err(Error::format(format!("{}: stage", place()), self.stage_name(), state.stage));

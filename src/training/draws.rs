@@ -28,6 +28,8 @@ pub enum Use {
     Depth,
     /// Which encoder outputs dead codes become.
     Codes,
+    /// What adapters begin with.
+    Adapters,
 }
 
 /// The samples of one batch, or of a part of it.
@@ -39,6 +41,14 @@ pub struct Draws {
     pub first: u64,
     /// How many there are.
     pub count: usize,
+}
+
+/// Fills the matrix that narrows the input of layer number `layer` in an adapter: uniform within 1 / sqrt(inputs) of
+/// 0, which is Kaiming's for a leaky slope of sqrt(5), as peft begins.
+pub fn narrowing(seed: u64, layer: usize, inputs: usize, out: &mut [f32]) {
+    let generator = Philox::new(seed, (Use::Adapters as u64) << 48 | layer as u64);
+    let bound = 1.0 / (inputs as f32).sqrt();
+    out.iter_mut().zip(0..).for_each(|(v, i)| *v = (2.0 * generator.uniform(i) - 1.0) * bound);
 }
 
 /// Times in training reach a little beyond 1, and are clamped: 7.5 % of the samples are pure noise.
@@ -74,7 +84,9 @@ impl Draws {
     pub fn normal(self, cx: &Context, what: Use, dims: &[usize]) -> Result<Tensor> {
         let mut out = Tensor::new(cx, "noise", dims, DType::F32)?;
         let per_sample = out.elements() / self.count.max(1);
-        for (part, generator) in out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what)) {
+        for (part, generator) in
+            out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what))
+        {
             generator.fill_normal(part, 0);
         }
         Ok(out)

@@ -6,24 +6,32 @@
 //! | stage | learns | from |
 //! |---|---|---|
 //! | C | the noise in latents ([`objectives::stage_c`]) | latents of the frozen image encoder, texts |
+//! | (pair) | which text belongs to which picture ([`objectives::contrast`]) | pictures, texts |
 //! | B | tokens from noised tokens ([`objectives::stage_b`]) | tokens of the frozen Stage A, latents, texts |
 
+mod adapter;
 mod average;
 mod checkpoint;
+mod create;
 pub mod data;
 mod draws;
 mod export;
 pub mod objectives;
 pub mod optimizer;
 mod options;
+mod pair;
 pub mod parameters;
 mod reduction;
+mod retrieval;
 mod tasks;
 mod trainer;
 
 #[cfg(feature = "mpi")]
 pub use crate::device::mpi::MpiRanks;
+pub use adapter::merge_adapter;
 pub use average::Average;
+pub use create::create_model;
 pub use options::{Adversary, Ema, Goal, Lora, TrainOptions};
+pub use retrieval::{Retrieval, RetrievalScore};
 pub use tasks::Sample;
 pub use trainer::{Progress, TrainMetrics, Trainer};

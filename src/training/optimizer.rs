@@ -100,7 +100,8 @@ pub fn step(
         eps: settings.eps,
     };
     for place in places {
-        let (Some(gradient), Some([first, second])) = (gradients.get(place), moments.of.get_mut(&place)) else {
+        let (Some(gradient), Some([first, second])) = (gradients.get(place), moments.of.get_mut(&place))
+        else {
             continue;
         };
         let moments = [first.slice_mut::<f32>()?, second.slice_mut::<f32>()?];

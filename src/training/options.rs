@@ -231,6 +231,22 @@ impl TrainOptions {
         Ok(())
     }
 
+    /// # Errors
+    /// `InvalidArgument` for options that contradict each other.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.lora.rank == 0 {
+            return Ok(());
+        }
+        if self.goal != Goal::StageC {
+            let expected = format!("0 for {:?}: adapters are for Stage C", self.goal);
+            return Err(Error::argument("lora_rank", expected, self.lora.rank));
+        }
+        if self.lora.alpha == 0.0 {
+            return Err(Error::argument("lora_alpha", "more than 0: nothing could be learnt", 0));
+        }
+        Ok(())
+    }
+
     /// Any option by name, for configuration files: those that have a setter, and
     ///
     /// | key | value |
@@ -286,7 +302,10 @@ impl TrainOptions {
 
 fn parsed<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
     let kind = std::any::type_name::<T>();
-    value.trim().parse().map_err(|_| Error::argument(key, format!("a value of type {kind}"), format!("{value:?}")))
+    value
+        .trim()
+        .parse()
+        .map_err(|_| Error::argument(key, format!("a value of type {kind}"), format!("{value:?}")))
 }
 
 fn number<T>(key: &str, value: &str, least: T, most: T) -> Result<T>

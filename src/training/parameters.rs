@@ -1,4 +1,5 @@
-//! The numbers that training changes: `f32` copies of a model's weights, found by letting the networks load.
+//! The numbers that training changes: `f32` copies of a model's weights, found by letting the networks load; what is
+//! frozen stays where it lies.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -7,7 +8,7 @@ use half::{bf16, f16};
 
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::nn::{Params, RunningUpdate, Source};
+use crate::nn::{LowRank, Params, RunningUpdate, Source};
 use crate::ops::widen::widen;
 use crate::tensor::autograd::{self, Gradients};
 use crate::tensor::{DType, Tensor};
@@ -30,7 +31,7 @@ pub struct Parameter {
     pub name: String,
     /// What training does to it.
     pub role: Role,
-    /// `F32`, in memory of its own.
+    /// `F32`, in memory of its own; of what was added frozen, the tensor of the file.
     master: Tensor,
     /// What the networks compute with, if that is another type than `F32`.
     working: Option<Tensor>,
@@ -46,13 +47,22 @@ pub struct Parameter {
 pub struct Parameters {
     list: Vec<Parameter>,
     by_name: HashMap<String, usize>,
+    /// The layers that may have an adapter, as they were asked for.
+    adaptable: Vec<String>,
+    /// Those that have one.
+    adapters: HashMap<String, LowRank>,
 }
+
+/// What the matrices of an adapter are called below their layer.
+const DOWN: &str = "lora.down";
+const UP: &str = "lora.up";
 
 /// The last part of the names of running statistics.
 const STATISTICS: [&str; 2] = ["running_mean", "running_var"];
 
 impl Parameters {
-    /// Adds copies of everything that `load` asks of `source`, below `prefix`.
+    /// Adds copies of everything that `load` asks of `source`, below `prefix`. What is frozen is not copied: it stays
+    /// where it lies, in its type, for good.
     ///
     /// # Errors
     /// Those of `load`; `OutOfMemory`.
@@ -64,19 +74,67 @@ impl Parameters {
         role: Role,
         load: impl FnOnce(&Params) -> Result<T>,
     ) -> Result<()> {
-        let collector = Collector { source, asked: Mutex::default() };
+        let collector = Collector { source, asked: Mutex::default(), adaptable: Mutex::default() };
         load(&Params::new(&collector))?;
         let asked = collector.asked.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let adaptable = collector.adaptable.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.adaptable.extend(adaptable.into_iter().map(|layer| format!("{prefix}.{layer}")));
         for (name, tensor) in asked {
             let statistic = STATISTICS.iter().any(|leaf| name.rsplit('.').next() == Some(leaf));
             let role = if statistic && role == Role::Trained { Role::Statistic } else { role };
-            // Widening an `F32` tensor gives the mapped one: the copy is what may be written.
-            self.push(format!("{prefix}.{name}"), role, widen(cx, &tensor)?.detached()?);
+            let master = match role {
+                Role::Frozen => tensor,
+                // Widening an `F32` tensor gives the mapped one: the copy is what may be written.
+                Role::Trained | Role::Statistic => widen(cx, &tensor)?.detached()?,
+            };
+            self.push(format!("{prefix}.{name}"), role, master);
         }
         Ok(())
     }
 
-    /// Adds one parameter, `F32` and the only owner of its memory. One of that name is replaced.
+    /// Gives every layer that may have one a low-rank adapter, which trains: an update of nothing in the beginning.
+    /// `init` fills the matrix that narrows the layer's input; its arguments are the number of the layer, that of its
+    /// inputs, and the numbers to fill in.
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub fn adapt(
+        &mut self,
+        cx: &Context,
+        adapter: LowRank,
+        init: impl Fn(usize, usize, &mut [f32]),
+    ) -> Result<()> {
+        for (i, layer) in std::mem::take(&mut self.adaptable).into_iter().enumerate() {
+            let weight = self.place(&format!("{layer}.weight")).map(|place| self.list[place].master.shape());
+            let Some(&[outputs, inputs]) = weight.as_ref().map(|shape| shape.dims()) else {
+                return Err(Error::internal("an adapter", format!("{layer} has no matrix")));
+            };
+            let zeros =
+                |rows, columns| Tensor::zeros(cx, "an adapter", &[rows, columns], DType::F32)?.detached();
+            let mut down = zeros(adapter.rank, inputs)?;
+            init(i, inputs, down.slice_mut()?);
+            self.push(format!("{layer}.{DOWN}"), Role::Trained, down);
+            self.push(format!("{layer}.{UP}"), Role::Trained, zeros(outputs, adapter.rank)?);
+            self.adapters.insert(layer, adapter);
+        }
+        Ok(())
+    }
+
+    /// The layers that have an adapter, with the places of its matrices: down, then up.
+    pub fn adapters(&self) -> impl Iterator<Item = (&str, LowRank, [usize; 2])> {
+        let mut all: Vec<_> = self
+            .adapters
+            .iter()
+            .filter_map(|(layer, adapter)| {
+                let place = |leaf| self.place(&format!("{layer}.{leaf}"));
+                Some((layer.as_str(), *adapter, [place(DOWN)?, place(UP)?]))
+            })
+            .collect();
+        all.sort_unstable_by_key(|(_, _, places)| *places);
+        all.into_iter()
+    }
+
+    /// Adds one parameter, `F32` and the only owner of its memory unless it is frozen. One of that name is replaced.
     pub fn push(&mut self, name: String, role: Role, master: Tensor) {
         let parameter = Parameter { name: name.clone(), role, master, working: None };
         match self.by_name.get(&name) {
@@ -134,7 +192,8 @@ impl Parameters {
         Ok(())
     }
 
-    /// Freezes or thaws those whose name `which` picks; statistics stay what they are.
+    /// Freezes or thaws those whose name `which` picks; statistics stay what they are. What was added frozen has no
+    /// memory to be trained in, and must not be thawed.
     pub fn set_role(&mut self, role: Role, which: impl Fn(&str) -> bool) {
         let chosen = self.list.iter_mut().filter(|p| p.role != Role::Statistic && which(&p.name));
         chosen.for_each(|p| p.role = role);
@@ -148,6 +207,8 @@ impl Parameters {
         for parameter in &mut self.list {
             parameter.working = match dtype {
                 DType::F32 => None,
+                // What is frozen is computed with as the file has it.
+                _ if parameter.role == Role::Frozen => None,
                 // Statistics and other vectors are few: only matrices are worth rounding.
                 _ if parameter.role == Role::Statistic || parameter.master.dims().len() < 2 => None,
                 _ => Some(rounded(&parameter.master, dtype, parameter.working.take())?),
@@ -164,7 +225,7 @@ impl Parameters {
 }
 
 impl Parameter {
-    /// The numbers, `F32`.
+    /// The numbers, `F32`; of what was added frozen, as the file has them.
     pub fn master(&self) -> &Tensor {
         &self.master
     }
@@ -182,6 +243,10 @@ impl Source for Parameters {
 
     fn has(&self, name: &str) -> bool {
         self.by_name.contains_key(name)
+    }
+
+    fn adapter(&self, layer: &str) -> Option<LowRank> {
+        self.adapters.get(layer).copied()
     }
 }
 
@@ -214,6 +279,8 @@ fn rounded(x: &Tensor, dtype: DType, reused: Option<Tensor>) -> Result<Tensor> {
 struct Collector<'a> {
     source: &'a dyn Source,
     asked: Mutex<Vec<(String, Tensor)>>,
+    /// The layers that asked for an adapter. None is given: training makes its own.
+    adaptable: Mutex<Vec<String>>,
 }
 
 impl Source for Collector<'_> {
@@ -226,5 +293,10 @@ impl Source for Collector<'_> {
 
     fn has(&self, name: &str) -> bool {
         self.source.has(name)
+    }
+
+    fn adapter(&self, layer: &str) -> Option<LowRank> {
+        self.adaptable.lock().unwrap_or_else(PoisonError::into_inner).push(layer.to_owned());
+        None
     }
 }

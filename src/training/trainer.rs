@@ -69,16 +69,18 @@ impl Trainer {
     /// Begins training the options' stage of `base`, from its weights.
     ///
     /// # Errors
-    /// `Unsupported` if the model lacks a part that the stage learns from; `OutOfMemory`.
+    /// `Unsupported` if the model lacks a part that the stage learns from, or carries adapters; `InvalidArgument` for
+    /// options that contradict each other; `OutOfMemory`.
     pub fn new(base: &Model, options: &TrainOptions) -> Result<Self> {
         run_apart_with_reserve("a trainer", LISTS_BYTES, || Self::new_here(base, options))
     }
 
     fn new_here(base: &Model, options: &TrainOptions) -> Result<Self> {
+        options.check()?;
         let cx = Context::new(base.device());
         let mut parameters = Parameters::default();
         let task: Box<dyn Task> = match options.goal {
-            Goal::StageC => Box::new(StageCTask::new(&cx, base, &mut parameters)?),
+            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
             Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
             Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
             goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
@@ -147,13 +149,21 @@ impl Trainer {
             return Err(Error::argument("images", "at least one", 0));
         }
         if images.len() != captions.len() {
-            return Err(Error::argument("captions", format!("{}, one per image", images.len()), captions.len()));
+            return Err(Error::argument(
+                "captions",
+                format!("{}, one per image", images.len()),
+                captions.len(),
+            ));
         }
         let size = |image: &Image| (image.width(), image.height());
         if let Some(other) = images.iter().find(|image| size(image) != size(images[0])) {
             let (width, height) = size(images[0]);
             let expected = format!("pictures of one size, {width} x {height} like the first");
-            return Err(Error::argument("images", expected, format!("{} x {}", other.width(), other.height())));
+            return Err(Error::argument(
+                "images",
+                expected,
+                format!("{} x {}", other.width(), other.height()),
+            ));
         }
         run_apart_with_reserve("preparing samples", LISTS_BYTES, || {
             self.task.prepare(&self.context(), &self.model, images, captions)
@@ -217,7 +227,11 @@ impl Trainer {
                 model: &self.model,
                 options: &self.options,
                 samples: &samples[range.clone()],
-                draws: Draws { seed: self.options.seed, first: first + range.start as u64, count: range.len() },
+                draws: Draws {
+                    seed: self.options.seed,
+                    first: first + range.start as u64,
+                    count: range.len(),
+                },
                 step: self.progress.step,
                 share: share as f32,
                 reduce: self.reduce.as_ref(),
@@ -259,9 +273,8 @@ impl Trainer {
         if metrics.skipped {
             self.progress.skipped += 1;
             let (step, norm) = (metrics.step, metrics.grad_norm);
-            self.model.say(LogLevel::Warning, || {
-                format!("step {step} skipped: loss {loss}, gradient norm {norm}")
-            });
+            self.model
+                .say(LogLevel::Warning, || format!("step {step} skipped: loss {loss}, gradient norm {norm}"));
         } else {
             self.update(&gradients, norm, &seen)?;
         }
@@ -276,10 +289,13 @@ impl Trainer {
         let settings = self.options.optimizer;
         self.task.unload();
         let scale = clip_factor(norm, settings.clip);
-        let updated = optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
-            .and_then(|()| self.parameters.follow(seen))
-            .and_then(|()| self.task.after_step(&mut self.parameters))
-            .and_then(|()| self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1));
+        let updated =
+            optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
+                .and_then(|()| self.parameters.follow(seen))
+                .and_then(|()| self.task.after_step(&mut self.parameters))
+                .and_then(|()| {
+                    self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
+                });
         self.reload()?;
         updated
     }

@@ -150,6 +150,14 @@ impl Weights {
         &self.path
     }
 
+    /// A note in the header of the file, if it is one file.
+    pub fn note(&self, key: &str) -> Option<&str> {
+        match self.files.as_slice() {
+            [file] => file.note(key),
+            _ => None,
+        }
+    }
+
     /// Whether there is a tensor `name`.
     pub fn has(&self, name: &str) -> bool {
         self.file_of(name).is_some()

@@ -65,6 +65,11 @@ impl WeightFile {
         &self.path
     }
 
+    /// A note in the header, which is text beside the tensors.
+    pub fn note(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref().and_then(|notes| notes.get(key)).map(String::as_str)
+    }
+
     /// The size of the mapping.
     pub fn bytes_mapped(&self) -> usize {
         self.map.len()

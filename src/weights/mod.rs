@@ -5,6 +5,7 @@
 mod archive;
 pub mod config;
 mod file;
+pub mod lora;
 mod names;
 pub mod v1;
 pub mod v2;

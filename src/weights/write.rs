@@ -1,6 +1,7 @@
 //! Safetensors files out.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -18,7 +19,9 @@ pub fn write_safetensors<'a>(
     tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
 ) -> Result<()> {
     let tensors = tensors.into_iter().map(|(name, tensor)| (name, Whole(tensor)));
-    serialize_to_file(tensors, None, path).map_err(|error| match error {
+    // Readers of the Hugging Face libraries want to know whose tensors these are.
+    let notes = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    serialize_to_file(tensors, Some(notes), path).map_err(|error| match error {
         SafeTensorError::IoError(source) => Error::io(path, source),
         other => Error::io(path, std::io::Error::other(other.to_string())),
     })
@@ -34,8 +37,12 @@ pub fn stored_as(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     }
     let values = tensor.slice::<f32>()?;
     match dtype {
-        DType::F16 => Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()),
-        _ => Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
+        DType::F16 => {
+            Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>())
+        }
+        _ => {
+            Tensor::from_slice(tensor.dims(), &values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>())
+        }
     }
 }
 

@@ -15,7 +15,10 @@ use crate::text::{SpecialIds, Tokenizer};
 use crate::weights::config::{self, HiddenAct};
 use crate::weights::{Key, Renamed, STEMS, Weights, v1 as names};
 
-pub use v1::{ImagePart, image_encoder, stage_a, stage_b, stage_c};
+pub use v1::{
+    ImagePart, image_encoder, image_encoder_layout, stage_a, stage_a_layout, stage_b, stage_b_layout,
+    stage_c, stage_c_layout,
+};
 pub use v2::{decoder, prior, scheduler, vq_model};
 
 /// A network and the mapped file that its weights lie in.
@@ -25,6 +28,15 @@ pub struct Part<T> {
     pub network: T,
     /// The file.
     pub weights: Weights,
+    /// What the file calls the weights that layers ask for.
+    pub keys: Keys,
+}
+
+/// What a part's config.json alone says: the sizes of the network, and what a file calls its weights.
+#[derive(Debug)]
+pub struct Layout<C> {
+    /// The sizes.
+    pub sizes: C,
     /// What the file calls the weights that layers ask for.
     pub keys: Keys,
 }
@@ -73,8 +85,12 @@ fn part<T, K: Into<Key>>(
     rename: impl Fn(&str) -> K + Send + Sync + 'static,
     load: impl FnOnce(&Params) -> Result<T>,
 ) -> Result<Part<T>> {
+    part_of(folder, Keys::new(rename), load)
+}
+
+/// As [`part`], under these names.
+fn part_of<T>(folder: &Path, keys: Keys, load: impl FnOnce(&Params) -> Result<T>) -> Result<Part<T>> {
     let weights = Weights::open(folder, STEMS)?;
-    let keys = Keys::new(rename);
     let source = keys.source(&weights);
     let network = load(&Params::new(&source))?;
     source.expect_all_used()?;
@@ -150,6 +166,24 @@ fn text_part(tower_folder: &Path, tokenizer_folder: &Path) -> Result<TextPart> {
 /// # Errors
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn text_encoder(folder: &Path) -> Result<Part<TextEncoder>> {
+    let sizes = text_encoder_layout(folder)?.sizes;
+    let weights = Weights::open(folder, STEMS)?;
+    // Files written before transformers 5, and all with a projection.
+    const PREFIX: &str = "text_model.";
+    let prefixed = weights.has(&format!("{PREFIX}{}", names::text_encoder("tokens.weight")));
+    let prefix = if prefixed { PREFIX } else { "" };
+    let keys = Keys::new(move |name| format!("{prefix}{}", names::text_encoder(name)));
+    let source = keys.source(&weights);
+    let network = TextEncoder::load(&Params::new(&source), sizes)?;
+    drop(source);
+    Ok(Part { network, weights, keys })
+}
+
+/// The sizes of a CLIP text tower, and the names that transformers gives its weights today.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field.
+pub fn text_encoder_layout(folder: &Path) -> Result<Layout<TextEncoderConfig>> {
     let read = config::TextEncoderConfig::read(folder)?;
     let sizes = TextEncoderConfig {
         vocabulary: read.vocab_size,
@@ -164,14 +198,5 @@ pub fn text_encoder(folder: &Path) -> Result<Part<TextEncoder>> {
         },
         norm_eps: read.layer_norm_eps,
     };
-    let weights = Weights::open(folder, STEMS)?;
-    // Files written before transformers 5, and all with a projection.
-    const PREFIX: &str = "text_model.";
-    let prefixed = weights.has(&format!("{PREFIX}{}", names::text_encoder("tokens.weight")));
-    let prefix = if prefixed { PREFIX } else { "" };
-    let keys = Keys::new(move |name| format!("{prefix}{}", names::text_encoder(name)));
-    let source = keys.source(&weights);
-    let network = TextEncoder::load(&Params::new(&source), sizes)?;
-    drop(source);
-    Ok(Part { network, weights, keys })
+    Ok(Layout { sizes, keys: Keys::new(names::text_encoder) })
 }

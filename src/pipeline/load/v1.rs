@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Part, blocks_up, levels, part};
+use super::{Keys, Layout, Part, blocks_up, levels, part_of};
 use crate::error::Result;
 use crate::image::Normalisation;
 use crate::stages::image_encoder::{BlockKind, ImageEncoder, ImageEncoderConfig, StageConfig};
@@ -26,8 +26,17 @@ pub struct ImagePart {
 /// # Errors
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn stage_a(folder: &Path) -> Result<Part<StageA>> {
+    let Layout { sizes, keys } = stage_a_layout(folder)?;
+    part_of(folder, keys, |p| StageA::load(p, sizes))
+}
+
+/// What the config.json of the paper's Stage A says.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field.
+pub fn stage_a_layout(folder: &Path) -> Result<Layout<StageAConfig>> {
     let sizes = stage_a_sizes(&config::StageAConfig::read(folder)?);
-    part(folder, move |name| names::stage_a(name, sizes.levels), |p| StageA::load(p, sizes))
+    Ok(Layout { sizes, keys: Keys::new(move |name| names::stage_a(name, sizes.levels)) })
 }
 
 pub(super) fn stage_a_sizes(read: &config::StageAConfig) -> StageAConfig {
@@ -46,6 +55,15 @@ pub(super) fn stage_a_sizes(read: &config::StageAConfig) -> StageAConfig {
 /// # Errors
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn stage_b(folder: &Path) -> Result<Part<StageB>> {
+    let Layout { sizes, keys } = stage_b_layout(folder)?;
+    part_of(folder, keys, |p| StageB::load(p, sizes))
+}
+
+/// What the config.json of the paper's Stage B says.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field.
+pub fn stage_b_layout(folder: &Path) -> Result<Layout<StageBConfig>> {
     let read = config::StageBConfig::read(folder)?;
     let levels = levels(&read.unet);
     let blocks_up = blocks_up(&levels);
@@ -61,7 +79,7 @@ pub fn stage_b(folder: &Path) -> Result<Part<StageB>> {
         self_attention: read.self_attn,
         levels,
     };
-    part(folder, move |name| names::stage_b(name, &blocks_up), |p| StageB::load(p, sizes))
+    Ok(Layout { sizes, keys: Keys::new(move |name| names::stage_b(name, &blocks_up)) })
 }
 
 /// The paper's Stage C.
@@ -69,8 +87,17 @@ pub fn stage_b(folder: &Path) -> Result<Part<StageB>> {
 /// # Errors
 /// `Io` and `Format`, naming the file and the field or tensor.
 pub fn stage_c(folder: &Path) -> Result<Part<StageC>> {
+    let Layout { sizes, keys } = stage_c_layout(folder)?;
+    part_of(folder, keys, |p| StageC::load(p, sizes))
+}
+
+/// What the config.json of the paper's Stage C says.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field.
+pub fn stage_c_layout(folder: &Path) -> Result<Layout<StageCConfig>> {
     let sizes = stage_c_sizes(&config::StageCConfig::read(folder)?);
-    part(folder, names::stage_c, |p| StageC::load(p, sizes))
+    Ok(Layout { sizes, keys: Keys::new(names::stage_c) })
 }
 
 pub(super) fn stage_c_sizes(read: &config::StageCConfig) -> StageCConfig {
@@ -91,7 +118,17 @@ pub(super) fn stage_c_sizes(read: &config::StageCConfig) -> StageCConfig {
 pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
     let read = config::ImageEncoderConfig::read(folder)?;
     let normalisation = Normalisation { mean: read.mean, std: read.std };
-    let sizes = image_encoder_sizes(&read);
+    let Layout { sizes, keys } = image_encoder_layout(folder)?;
+    let encoder = part_of(folder, keys, |p| ImageEncoder::load(p, sizes))?;
+    Ok(ImagePart { encoder, normalisation })
+}
+
+/// What the config.json of the paper's image encoder says.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field.
+pub fn image_encoder_layout(folder: &Path) -> Result<Layout<ImageEncoderConfig>> {
+    let sizes = image_encoder_sizes(&config::ImageEncoderConfig::read(folder)?);
     let kinds: Vec<_> = sizes
         .stages
         .iter()
@@ -100,8 +137,7 @@ pub fn image_encoder(folder: &Path) -> Result<ImagePart> {
             expands: s.expand_ratio != 1,
         })
         .collect();
-    let encoder = part(folder, move |name| names::image_encoder(name, &kinds), |p| ImageEncoder::load(p, sizes))?;
-    Ok(ImagePart { encoder, normalisation })
+    Ok(Layout { sizes, keys: Keys::new(move |name| names::image_encoder(name, &kinds)) })
 }
 
 fn image_encoder_sizes(read: &config::ImageEncoderConfig) -> ImageEncoderConfig {

@@ -11,6 +11,7 @@ pub(super) use guided::Texts;
 pub(super) use stage_b::StageBWalk;
 pub(super) use stage_c::{StageCWalk, initial_latents, one_each};
 
+use super::halves::Prior;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::batch::concat;
@@ -43,6 +44,17 @@ pub(super) fn check_finite(x: &Tensor, stage: &str, weights: &Weights) -> Result
         return Ok(());
     }
     Err(not_finite(stage, &[weights]))
+}
+
+/// [`check_finite`] for what Stage C gave, whose adapters may be at fault too.
+///
+/// # Errors
+/// As there.
+pub(super) fn check_finite_latents(x: &Tensor, prior: &Prior) -> Result<()> {
+    if x.slice::<f32>()?.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(not_finite("Stage C", &prior.stage_c_weights().collect::<Vec<_>>()))
 }
 
 /// Why an output is not finite: the first weight that is not, or the options.

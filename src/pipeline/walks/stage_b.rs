@@ -25,6 +25,8 @@ pub(in crate::pipeline) struct StageBWalk<'a> {
     stage_b: &'a StageBPart,
 }
 
+// One at a time: boxing it would save nothing that matters.
+#[allow(clippy::large_enum_variant)]
 enum Walk<'a> {
     Tokens(TokenWalk<'a>),
     Latents(LatentWalk<'a>),

@@ -3,7 +3,7 @@
 use super::channel_norm;
 use crate::device::Context;
 use crate::error::Result;
-use crate::nn::{Linear, Params};
+use crate::nn::{AdaptedLinear, Linear, Params};
 use crate::ops::attention::{Columns, KeyValues, Mask, attention};
 use crate::ops::linear::Epilogue;
 use crate::tensor::Tensor;
@@ -12,10 +12,10 @@ use crate::tensor::Tensor;
 #[derive(Debug, Clone)]
 pub struct AttnBlock {
     condition_mapper: Linear,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
+    query: AdaptedLinear,
+    key: AdaptedLinear,
+    value: AdaptedLinear,
+    output: AdaptedLinear,
     heads: usize,
     self_attention: bool,
 }
@@ -38,7 +38,7 @@ impl AttnBlock {
     /// `Format` for missing or misshapen weights.
     pub fn load(p: &Params, config: &AttnConfig) -> Result<Self> {
         let channels = config.channels;
-        let projection = |name: &str| Linear::load(&p.sub(name), channels, channels);
+        let projection = |name: &str| AdaptedLinear::load(&p.sub(name), channels, channels);
         Ok(AttnBlock {
             condition_mapper: Linear::load(&p.sub("condition_mapper"), config.condition_width, channels)?,
             query: projection("query")?,

@@ -11,6 +11,8 @@ use crate::ops::linear::Activation;
 use crate::tensor::Tensor;
 use crate::tensor::autograd::{recompute, recomputes};
 
+// A network has a hundred at most: boxing them would save nothing that matters.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
 enum Body {
     Res(ResBlock),

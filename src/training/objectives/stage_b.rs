@@ -37,16 +37,11 @@ pub struct Batch<'a> {
 /// `InvalidArgument` for shapes that do not fit together; `OutOfMemory`; `Cancelled`.
 pub fn loss(cx: &Context, network: &StageB, batch: &Batch) -> Result<TokenLoss> {
     let modulations = network.modulations(cx, batch.times)?;
-    let attended =
-        [network.attend_to_latents(cx, batch.latents)?, network.attend_to_text(cx, batch.text)?];
+    let attended = [network.attend_to_latents(cx, batch.latents)?, network.attend_to_text(cx, batch.text)?];
     let conditioning = Conditioning { modulations: &modulations, attended: &attended };
     let features = network.features(cx, batch.noised, conditioning)?;
     let coefficients = coefficients(batch.replaced, batch.times);
-    let p = CrossEntropy {
-        targets: batch.tokens,
-        coefficients: &coefficients,
-        smoothing: LABEL_SMOOTHING,
-    };
+    let p = CrossEntropy { targets: batch.tokens, coefficients: &coefficients, smoothing: LABEL_SMOOTHING };
     cross_entropy(cx, &features, network.logits_weight(), &p)
 }
 

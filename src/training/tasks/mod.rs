@@ -1,11 +1,14 @@
 //! How each stage's batch is prepared, drawn and learnt from. A task holds its networks over the trainer's
 //! parameters; the trainer does what is alike for all.
 
+pub(super) mod pair;
 pub(super) mod stage_b;
 pub(super) mod stage_c;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use super::Trainer;
 use super::draws::Draws;
 use super::export::TrainedPart;
 use super::options::TrainOptions;
@@ -16,8 +19,8 @@ use crate::image::Image;
 use crate::nn::{RunningUpdate, Source};
 use crate::ops::batch::concat;
 use crate::pipeline::{Model, TokenIds};
-use crate::tensor::autograd::{Gradients, Tape};
 use crate::tensor::Tensor;
+use crate::tensor::autograd::{Gradients, Tape};
 
 /// A picture and its caption as far as they never change in training: made once by [`super::Trainer::prepare`], used
 /// in every epoch. What a stage does not need is not there.
@@ -67,7 +70,13 @@ pub(super) trait Task: Send + Sync {
     ///
     /// # Errors
     /// `InvalidArgument` for pictures that the stage cannot take; `OutOfMemory`; `Cancelled`.
-    fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>>;
+    fn prepare(
+        &self,
+        cx: &Context,
+        model: &Model,
+        images: &[&Image],
+        captions: &[&str],
+    ) -> Result<Vec<Sample>>;
 
     /// A caption as [`Task::prepare`] keeps it; nothing if the stage reads none.
     ///
@@ -100,11 +109,27 @@ pub(super) trait Task: Send + Sync {
         Ok(())
     }
 
+    /// What is done to the parameters after each update, with nothing loaded over them.
+    ///
+    /// # Errors
+    /// `Internal` if something is.
+    fn after_step(&self, _parameters: &mut Parameters) -> Result<()> {
+        Ok(())
+    }
+
     /// The parts of the model that it changes.
     ///
     /// # Errors
     /// `Unsupported` if the model lacks one.
     fn parts<'a>(&self, model: &'a Model) -> Result<Vec<TrainedPart<'a>>>;
+
+    /// Writes what the exported model `folder` holds beside those parts.
+    ///
+    /// # Errors
+    /// `Io`; `OutOfMemory`.
+    fn write_beside(&self, _trainer: &Trainer, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
 
     /// What the task keeps beside the parameters, for a checkpoint.
     fn state(&self) -> Vec<(String, Tensor)> {
@@ -141,7 +166,8 @@ impl Pass<'_> {
     /// `InvalidArgument` if a sample lacks it (it was prepared for another stage) or has another shape.
     pub fn stacked(&self, what: &str, of: impl Fn(&Sample) -> Option<&Tensor>) -> Result<Tensor> {
         let tensors = self.samples.iter().map(|sample| {
-            of(sample).ok_or_else(|| Error::argument("samples", format!("{what}, as this stage prepares"), "none"))
+            of(sample)
+                .ok_or_else(|| Error::argument("samples", format!("{what}, as this stage prepares"), "none"))
         });
         concat(self.cx, &tensors.collect::<Result<Vec<_>>>()?)
     }

@@ -33,7 +33,12 @@ pub(in crate::training) struct StageBTask {
 }
 
 impl StageBTask {
-    pub fn new(cx: &Context, model: &Model, options: &TrainOptions, parameters: &mut Parameters) -> Result<Self> {
+    pub fn new(
+        cx: &Context,
+        model: &Model,
+        options: &TrainOptions,
+        parameters: &mut Parameters,
+    ) -> Result<Self> {
         let (part, encoder) = (model.stage_b()?, model.encoder()?);
         model.stage_a()?;
         let config = part.network.config().clone();
@@ -51,7 +56,13 @@ impl StageBTask {
 }
 
 impl Task for StageBTask {
-    fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>> {
+    fn prepare(
+        &self,
+        cx: &Context,
+        model: &Model,
+        images: &[&Image],
+        captions: &[&str],
+    ) -> Result<Vec<Sample>> {
         for image in images {
             model.check_size(image)?;
         }
@@ -135,14 +146,15 @@ fn disturbed(cx: &Context, latents: Tensor, draws: Draws, options: &TrainOptions
     let noised = draws.chosen(Use::Embedding, 1, options.image_noise);
     let times = draws.uniform(Use::Embedding, 2);
     let schedule = CosineSchedule::default();
-    let shares = zeroed.iter().zip(&noised).zip(&times).map(|((&zeroed, &noised), &u)| match (zeroed, noised) {
-        (true, _) => (0.0, 0.0),
-        (false, true) => {
-            let share = schedule.alpha_bar(EMBEDDING_TIME_MAX * u);
-            (share.sqrt(), (1.0 - share).sqrt())
-        }
-        (false, false) => (1.0, 0.0),
-    });
+    let shares =
+        zeroed.iter().zip(&noised).zip(&times).map(|((&zeroed, &noised), &u)| match (zeroed, noised) {
+            (true, _) => (0.0, 0.0),
+            (false, true) => {
+                let share = schedule.alpha_bar(EMBEDDING_TIME_MAX * u);
+                (share.sqrt(), (1.0 - share).sqrt())
+            }
+            (false, false) => (1.0, 0.0),
+        });
     let (signal, strength): (Vec<f32>, Vec<f32>) = shares.unzip();
     let noise = draws.normal(cx, Use::EmbeddingNoise, latents.dims())?;
     mix(cx, &latents, &noise, &signal, &strength)

@@ -5,13 +5,14 @@ use crate::device::Context;
 use crate::diffusion::schedule::CosineSchedule;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::nn::Params;
+use crate::nn::{LowRank, Params};
 use crate::pipeline::{Model, Stage, TokenIds};
 use crate::stages::stage_c::{StageC, StageCConfig};
 use crate::tensor::Tensor;
-use crate::training::draws::Use;
+use crate::training::draws::{Use, narrowing};
 use crate::training::export::TrainedPart;
 use crate::training::objectives::stage_c::{Batch, loss};
+use crate::training::options::TrainOptions;
 use crate::training::parameters::{Parameters, Role};
 
 /// What the parameters lie below.
@@ -25,25 +26,45 @@ pub(in crate::training) struct StageCTask {
 }
 
 impl StageCTask {
-    pub fn new(cx: &Context, model: &Model, parameters: &mut Parameters) -> Result<Self> {
+    pub fn new(
+        cx: &Context,
+        model: &Model,
+        options: &TrainOptions,
+        parameters: &mut Parameters,
+    ) -> Result<Self> {
         let (part, schedule) = model.stage_c()?;
         // The frozen encoder must be there.
         model.encoder()?;
         let config = *part.network.config();
         let source = part.keys.source(&part.weights);
-        parameters.add(cx, PREFIX, &source, Role::Trained, |p| StageC::load(p, config))?;
+        let rank = options.lora.rank as usize;
+        let role = if rank > 0 { Role::Frozen } else { Role::Trained };
+        parameters.add(cx, PREFIX, &source, role, |p| StageC::load(p, config))?;
+        if rank > 0 {
+            let adapter = LowRank { rank, scale: options.lora.alpha / rank as f32 };
+            let init = |layer, inputs, out: &mut [f32]| narrowing(options.seed, layer, inputs, out);
+            parameters.adapt(cx, adapter, init)?;
+        }
         let empty = model.token_ids(cx, Stage::C, &[""])?;
         Ok(StageCTask { config, schedule, empty, network: None })
     }
 }
 
 impl Task for StageCTask {
-    fn prepare(&self, cx: &Context, model: &Model, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>> {
+    fn prepare(
+        &self,
+        cx: &Context,
+        model: &Model,
+        images: &[&Image],
+        captions: &[&str],
+    ) -> Result<Vec<Sample>> {
         let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
         let latents = model.encode_pixels(cx, &model.encoder_pixels(cx, &images)?)?;
         let texts = texts_apart(&model.token_ids(cx, Stage::C, captions)?)?;
         let samples = apart(&latents)?.into_iter().zip(texts);
-        Ok(samples.map(|(latents, text)| Sample { latents: Some(latents), text: Some(text), ..Sample::default() }).collect())
+        Ok(samples
+            .map(|(latents, text)| Sample { latents: Some(latents), text: Some(text), ..Sample::default() })
+            .collect())
     }
 
     fn caption(&self, cx: &Context, model: &Model, caption: &str) -> Result<Option<(Tensor, usize)>> {

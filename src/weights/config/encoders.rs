@@ -175,6 +175,8 @@ pub struct TextEncoderConfig {
     pub eos_token_id: usize,
     /// The token that fills prompts up; tokenizers may say otherwise.
     pub pad_token_id: usize,
+    /// What the spread of all weights that are made anew is multiplied by.
+    pub initializer_factor: f64,
 }
 
 impl TextEncoderConfig {
@@ -209,6 +211,7 @@ impl TextEncoderConfig {
             bos_token_id: id("bos_token_id", 49_406)?,
             eos_token_id: id("eos_token_id", 49_407)?,
             pad_token_id: id("pad_token_id", 1)?,
+            initializer_factor: fields.number("initializer_factor", 1.0, 0.0..=1e3)?,
         };
         if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             let expected = format!("a divisor of hidden_size, {}", config.hidden_size);

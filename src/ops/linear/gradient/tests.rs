@@ -205,3 +205,53 @@ fn helpers_agree_with_plain_loops() {
         }
     }
 }
+
+#[test]
+fn whole_epilogues() {
+    let (rows, inputs, outputs) = ([2, 3], 4, 5);
+    let tensors = [
+        random(&[rows[0], rows[1], inputs], 1),
+        random(&[outputs, inputs], 2),
+        random(&[outputs], 3),
+        random(&[outputs], 4),
+        random(&[rows[0], rows[1], outputs], 5),
+        random(&[rows[0], 2 * outputs], 6),
+    ];
+    for activation in [Activation::None, Activation::Silu] {
+        for scaled in [true, false] {
+            // Without a scale, its place is taken by a second use of the bias.
+            let op = |cx: &Context, t: &[Tensor]| {
+                let e = Epilogue {
+                    channel_scale: scaled.then_some(&t[2]),
+                    bias: Some(if scaled { &t[3] } else { &t[2] }),
+                    activation,
+                    gain: 0.7,
+                    residual: Some(&t[4]),
+                    modulation: Some(&t[5]),
+                };
+                let y = linear(cx, &t[0], &t[1], &e)?;
+                elementwise::affine_channels(cx, y, &Tensor::from_slice(&[5], &[1f32; 5])?, &t[3])
+            };
+            gradients(&tensors, op, |v| {
+                let y = product(outputs, &(inputs, [0, 0], OUT, DType::F32), &v[0], &v[1]);
+                let element = |(i, y): (usize, &f64)| {
+                    let (o, n) = (i % outputs, i / outputs / rows[1]);
+                    let y = if scaled { y * v[2][o] + v[3][o] } else { y + v[2][o] };
+                    let y = crate::ops::check::activation(activation, y) * f64::from(0.7f32) + v[4][i];
+                    let modulation = &v[5][n * 2 * outputs..];
+                    y * (1.0 + modulation[o]) + modulation[outputs + o] + v[3][o]
+                };
+                y.iter().enumerate().map(element).collect()
+            });
+        }
+    }
+    // A vector is one sample.
+    let vector = [random(&[inputs], 1), random(&[outputs, inputs], 2), random(&[1, 2 * outputs], 3)];
+    let op = |cx: &Context, t: &[Tensor]| {
+        linear(cx, &t[0], &t[1], &Epilogue { modulation: Some(&t[2]), ..Epilogue::default() })
+    };
+    gradients(&vector, op, |v| {
+        let y = product(outputs, &(inputs, [0, 0], OUT, DType::F32), &v[0], &v[1]);
+        y.iter().enumerate().map(|(o, y)| y * (1.0 + v[2][o]) + v[2][outputs + o]).collect()
+    });
+}
