@@ -27,6 +27,8 @@ mod retrieval;
 mod tasks;
 mod trainer;
 
+#[cfg(feature = "mpi")]
+pub use crate::device::mpi::MpiRanks;
 pub use adapter::merge_adapter;
 pub use average::Average;
 pub use create::create_model;

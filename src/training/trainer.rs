@@ -213,7 +213,8 @@ impl Trainer {
         let first = self.progress.samples + (rank * samples.len()) as u64;
         let mut gradients = Gradients::default();
         let mut reduction = Reduction::new(self.reduce.as_ref())?;
-        let mut totals = [0.0; 2];
+        let size = samples.len() as f64;
+        let mut totals = [0.0, 0.0, size, size * size];
         let mut seen = Vec::new();
         let parts = even_parts(samples.len(), self.options.accumulation as usize);
         for (i, range) in parts.iter().enumerate() {
@@ -258,7 +259,13 @@ impl Trainer {
         }
         self.parameters.expect_gradients(&gradients)?;
         let norm = gradient_norm(&cx, &self.parameters, &gradients)?;
-        let [loss, accuracy] = totals;
+        let [loss, accuracy, sizes, squares] = totals;
+        // The square of a sum is the number of its terms times the sum of their squares only if all are equal. Every
+        // rank sees the same sums, so all refuse or none.
+        if sizes * sizes != squares * ranks as f64 {
+            let found = format!("{size} on rank {rank}, {sizes} in all");
+            return Err(Error::argument("samples", "as many on every rank", found));
+        }
         let metrics = TrainMetrics {
             step: self.progress.step + 1,
             skipped: !loss.is_finite() || !norm.is_finite(),
