@@ -60,6 +60,9 @@
 //! A Rust program with a `#[global_allocator]` of its own must use `default-features = false`; such code then aborts
 //! when memory runs out, and there is only a check beforehand that as much as it may need could be had.
 //!
+//! `mpi`, off by default: several processes train together, as `mpirun` started them (`training::MpiRanks`). Needs an
+//! MPI to build with, and libclang.
+//!
 //! [arXiv:2306.00637]: https://arxiv.org/abs/2306.00637
 
 pub mod capi;

@@ -8,10 +8,17 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::fixtures;
+use common::{context, fixtures};
 use safetensors::{Dtype, SafeTensors};
+use wuerstchen::nn::{Mode, Params, Source, TrainingPass};
+use wuerstchen::pipeline::load::{self, Part};
+use wuerstchen::stages::image_encoder::ImageEncoder;
+use wuerstchen::stages::text_encoder::TextEncoder;
+use wuerstchen::tensor::autograd::{Gradients, Tape};
+use wuerstchen::training::objectives::contrast::{Batch, Pair, PairConfig};
+use wuerstchen::training::parameters::{Parameters, Role};
 use wuerstchen::training::{Ema, Goal, Retrieval, TrainOptions, Trainer};
-use wuerstchen::{Error, Image, Model, ModelOptions};
+use wuerstchen::{Error, Image, Model, ModelOptions, Result, Tensor};
 
 /// A folder that goes away with the test.
 struct Scratch(PathBuf);
@@ -158,5 +165,111 @@ fn a_pair_begins_from_the_encoder_and_goes_on_from_a_checkpoint() {
     assert_eq!(directions.dims(), [6, 24]);
     for row in directions.slice::<f32>().unwrap().chunks_exact(24) {
         assert!((row.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn the_temperature_stays_below_its_bound() {
+    let scratch = Scratch::new("bound");
+    let folder = scratch.0.join("model");
+    let model = Model::open(&emoji(), &ModelOptions::default()).unwrap();
+    Trainer::new(&model, &options()).unwrap().export(&folder).unwrap();
+    let path = folder.join("clip_pair/model.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    let view = |file: &[u8]| {
+        SafeTensors::deserialize(file).unwrap().tensor("logit_scale").unwrap().data().as_ptr() as usize
+    };
+    let place = view(&file) - file.as_ptr() as usize;
+    file[place..place + 4].copy_from_slice(&7f32.to_le_bytes());
+    fs::write(&path, file).unwrap();
+    let (trainer, _) = train(&Model::open(&folder, &ModelOptions::default()).unwrap(), 1, 128);
+    trainer.export(&folder).unwrap();
+    assert_eq!(scalar(&tensors(&path), "logit_scale"), 100f32.ln());
+}
+
+/// The weights of the two towers, and projections of numbers that repeat.
+struct Towers {
+    text: Part<TextEncoder>,
+    image: Part<ImageEncoder>,
+}
+
+impl Source for Towers {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        if let Some(name) = name.strip_prefix("text_encoder.") {
+            return self.text.keys.source(&self.text.weights).tensor(name, shape);
+        }
+        if let Some(name) = name.strip_prefix("image_encoder.") {
+            return self.image.keys.source(&self.image.weights).tensor(name, shape);
+        }
+        let count = shape.iter().product::<usize>();
+        let values: Vec<f32> = (0..count).map(|i| (i as f32 * 1.7).sin() * 0.5 + 0.6).collect();
+        Tensor::from_slice(shape, &values)
+    }
+
+    fn has(&self, _: &str) -> bool {
+        true
+    }
+}
+
+/// The gradients of all parameters at once: along them the loss must change by the square of their length.
+#[test]
+fn the_loss_changes_as_its_gradient_says() {
+    let cx = context();
+    let model = fixtures().join("model");
+    let image = load::image_encoder(&model.join("image_encoder")).unwrap().encoder;
+    let towers = Towers { text: load::text_encoder(&model.join("text_encoder")).unwrap(), image };
+    let config = PairConfig {
+        image: towers.image.network.config().clone(),
+        text: *towers.text.network.config(),
+        width: 10,
+    };
+    let mut parameters = Parameters::default();
+    parameters.add(&cx, "pair", &towers, Role::Trained, |p| Pair::load(p, &config)).unwrap();
+    parameters.set_role(Role::Frozen, |name| name.contains("image_encoder.head"));
+    let wave = |n: usize| (0..n).map(|i| ((i * i) as f32 * 0.013).sin()).collect::<Vec<f32>>();
+    let pixels = Tensor::from_slice(&[5, 24, 40, 3], &wave(5 * 24 * 40 * 3)).unwrap();
+    let ids: Vec<i64> = (0..5 * 7).map(|i| (i * 37 + i / 7) % 2048).collect();
+    let ids = Tensor::from_slice(&[5, 7], &ids).unwrap();
+    let batch = Batch { pixels: &pixels, ids: &ids, ends: &[6, 3, 0, 5, 2] };
+    let loss = |parameters: &Parameters, gradients: Option<&mut Gradients>| {
+        let pair = Pair::load(&Params::new(parameters).sub("pair"), &config).unwrap();
+        let (tape, pass) = (Tape::new(), TrainingPass::new(None, None));
+        let found = pair.loss(&tape.attach(&cx), &batch, Mode::Training(&pass)).unwrap();
+        if let Some(gradients) = gradients {
+            tape.backward_from(&cx, &found.loss, 1.0, gradients).unwrap();
+        }
+        f64::from(found.loss.slice::<f32>().unwrap()[0])
+    };
+    let mut gradients = Gradients::default();
+    loss(&parameters, Some(&mut gradients));
+    parameters.expect_gradients(&gradients).unwrap();
+    let places: Vec<usize> = parameters.trained().collect();
+    // Each kind of layer apart, so that none hides behind a larger one.
+    let groups = [
+        "text_encoder.tokens",
+        "text_encoder.layers",
+        "image_encoder.stem",
+        "image_encoder.stages",
+        "projection",
+        "logit_scale",
+    ];
+    for group in groups {
+        let of_group: Vec<usize> =
+            places.iter().copied().filter(|&place| parameters.list()[place].name.contains(group)).collect();
+        let gradient = |place: usize| gradients.get(place).unwrap().slice::<f32>().unwrap();
+        let squares: f64 = of_group.iter().flat_map(|&p| gradient(p)).map(|&g| f64::from(g).powi(2)).sum();
+        let step = 1e-3 / squares.sqrt();
+        let moved = |parameters: &mut Parameters, by: f64| {
+            for &place in &of_group {
+                let values = parameters.values_mut(place).unwrap();
+                values.iter_mut().zip(gradient(place)).for_each(|(x, &g)| *x += (f64::from(g) * by) as f32);
+            }
+            loss(parameters, None)
+        };
+        let above = moved(&mut parameters, step);
+        let below = moved(&mut parameters, -2.0 * step);
+        moved(&mut parameters, step);
+        let slope = (above - below) / (2.0 * step);
+        assert!((slope / squares - 1.0).abs() < 0.02, "{group}: {slope} instead of {squares}");
     }
 }

@@ -4,12 +4,13 @@
 
 mod common;
 
+use common::training::{Trained, assert_gradients, assert_scalar, is_noise};
 use common::{Case, NETWORK_TOLERANCE, context, fixtures};
 use wuerstchen::diffusion::schedule::CosineSchedule;
 use wuerstchen::nn::{Mode, Params, TrainingPass};
 use wuerstchen::ops::mix::mix;
 use wuerstchen::ops::regression::squared_error;
-use wuerstchen::pipeline::load::{self, Keys, Part};
+use wuerstchen::pipeline::load::{self, Part};
 use wuerstchen::stages::image_encoder::ImageEncoder;
 use wuerstchen::stages::stage_b::StageB;
 use wuerstchen::stages::stage_c::StageC;
@@ -20,79 +21,8 @@ use wuerstchen::training::parameters::{Parameters, Role};
 use wuerstchen::training::{Average, Ema};
 use wuerstchen::{Context, Tensor};
 
-/// Largest error of a gradient against the largest element of its tensor.
-const GRADIENT_TOLERANCE: f64 = 1e-4;
-/// What rounding may leave where nothing should be, against the largest gradient of the case.
-const ZERO_TOLERANCE: f64 = 1e-5;
 /// Largest error of a weight after five steps, in multiples of the learning rate.
 const STEP_TOLERANCE: f64 = 2e-2;
-
-/// A part of the model in training, with the names of the recorded tensors.
-struct Trained<'a> {
-    /// Below which the parameters lie.
-    prefix: &'static str,
-    keys: &'a Keys,
-    /// What the case puts before the checkpoint's names.
-    recorded: &'static str,
-}
-
-impl Trained<'_> {
-    /// The name of a parameter in the checkpoint, and which elements of that tensor it is.
-    fn place(&self, name: &str, elements: usize) -> Option<(String, usize)> {
-        let name = name.strip_prefix(self.prefix)?.strip_prefix('.')?;
-        let key = self.keys.key(name);
-        Some((format!("{}{}", self.recorded, key.name), key.part.map_or(0, |(part, _)| part * elements)))
-    }
-}
-
-/// Whether element `i` of a tensor is listed as noise.
-fn is_noise(list: &serde_json::Value, tensor: &str, i: usize) -> bool {
-    let entries = list.as_array().into_iter().flatten().filter(|entry| entry[0] == tensor);
-    entries.flat_map(|entry| entry[1].as_array().unwrap()).any(|range| {
-        let bound = |n: usize| range[n].as_u64().unwrap() as usize;
-        (bound(0)..bound(1)).contains(&i)
-    })
-}
-
-/// Compares every trained parameter's gradient with `PREFIX + name` of the case.
-fn assert_gradients(case: &Case, prefix: &str, parameters: &Parameters, found: &Gradients, of: &[Trained]) {
-    let zero = &case.record["zero_gradient"]["items"];
-    let mut compared = 0;
-    let recorded = |name: &str, elements| of.iter().find_map(|part| part.place(name, elements));
-    let each = || {
-        parameters.trained().map(|place| {
-            let name = &parameters.list()[place].name;
-            let gradient = found.get(place).unwrap_or_else(|| panic!("no gradient reached {name}"));
-            let (name, first) = recorded(name, gradient.elements()).unwrap();
-            (format!("{prefix}{name}"), first, gradient)
-        })
-    };
-    let largest = each()
-        .filter(|(name, ..)| case.has(name))
-        .flat_map(|(name, ..)| case.floats(&name).to_vec())
-        .fold(0f64, |m, g| m.max(f64::from(g).abs()));
-    for (name, first, gradient) in each().filter(|(name, ..)| case.has(name)) {
-        let expected = &case.floats(&name)[first..][..gradient.elements()];
-        let scale = expected.iter().fold(0f64, |m, g| m.max(f64::from(*g).abs()));
-        for (i, (got, want)) in gradient.slice::<f32>().unwrap().iter().zip(expected).enumerate() {
-            let error = (f64::from(*got) - f64::from(*want)).abs();
-            let allowed = if is_noise(zero, &name, first + i) {
-                ZERO_TOLERANCE * largest
-            } else {
-                GRADIENT_TOLERANCE * scale + 1e-7 * largest
-            };
-            assert!(error <= allowed, "{name}[{}]: {got} instead of {want} (largest {scale})", first + i);
-        }
-        compared += 1;
-    }
-    assert!(compared > 0, "no gradient was recorded");
-}
-
-fn assert_scalar(what: &str, found: f64, expected: f32, tolerance: f64) {
-    let expected = f64::from(expected);
-    let error = (found - expected).abs() / expected.abs();
-    assert!(error <= tolerance, "{what}: {found} instead of {expected}");
-}
 
 fn stage_c_in_training(part: &Part<StageC>) -> Parameters {
     let (cx, config) = (context(), *part.network.config());

@@ -26,9 +26,15 @@ go_is_formatted() {
     files=$(gofmt -l bindings/go examples/go) && [ -z "$files" ] || { note "gofmt: $files"; return 1; }
 }
 
+lints_over_mpi() {
+    find_mpi || { note "skipped: no MPI to be had"; return 0; }
+    cargo clippy --features mpi --lib --example train_ranks --test training_mpi -- -D warnings
+}
+
 check "format (Rust)" cargo fmt --check
 check "format (Go)" go_is_formatted
 check "lints" cargo clippy --all-targets -- -D warnings
+check "lints (MPI)" lints_over_mpi
 check "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps
 check "header" header_is_fresh
 check "layering" alone layering

@@ -55,6 +55,17 @@ venv_has() {
         "$build/venv/bin/python" -c "import $module" 2>/dev/null
 }
 
+# find_mpi: true when MPI is there to run and to build with, or could be installed.
+find_mpi() {
+    need mpirun openmpi-bin && need mpicc libopenmpi-dev || return 1
+    # libclang reads MPI's headers for the Rust bindings; it is a library, so no command tells of it.
+    libclang_is_there() {
+        [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p 2>/dev/null | grep -q 'libclang[.-][0-9s]' ||
+            compgen -G '/usr/lib*/llvm*/lib*/libclang[.-][0-9s]*' >/dev/null
+    }
+    libclang_is_there || { note "fetching libclang"; apt_install libclang-dev && libclang_is_there; }
+}
+
 # find_go: puts a Go of at least 1.24 on PATH, the system's or a wheel's.
 find_go() {
     go_is_new() { have go && go version | grep -Eq 'go1\.(2[4-9]|[3-9][0-9])|go[2-9]\.'; }

@@ -38,6 +38,22 @@ rust_tests() {
     counted Rust cargo.log $status "$(sum cargo-results.log passed)" "$(sum cargo-results.log failed)" "$(sum cargo-results.log ignored)"
 }
 
+# Processes that train together. The library with MPI in it is built in the other profile, so that it does not take
+# the place of the one that is shipped.
+mpi_tests() {
+    say "Rust over MPI"
+    if ! find_mpi; then
+        skip "training over MPI: Open MPI and libclang are not there and could not be installed"
+        return
+    fi
+    : >"$build/log/mpi.log"
+    run mpi-build.log cargo build --features mpi --example train_ranks &&
+        run mpi.log cargo test --features mpi --test training_mpi --no-fail-fast
+    local status=$?
+    grep -E '^test result:' "$build/log/mpi.log" >"$build/log/mpi-results.log"
+    counted "Rust over MPI" mpi.log $status "$(sum mpi-results.log passed)" "$(sum mpi-results.log failed)" "$(sum mpi-results.log ignored)"
+}
+
 c_tests() {
     say "C and C++"
     need valgrind valgrind || skip "valgrind is not there and could not be installed: the C tests run without it"
@@ -121,6 +137,7 @@ step_of() {
 say "building the library"
 if run build.log tools/build.sh; then built=yes; else built=no; fail "the build, see build/log/build.log"; fi
 rust_tests
+mpi_tests
 if [ $built = yes ]; then
     c_tests
     all_go_tests

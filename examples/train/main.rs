@@ -40,8 +40,8 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 /// The paper's order.
 const ORDER: [Goal; 4] = [Goal::Pair, Goal::StageA, Goal::StageB, Goal::StageC];
 
-/// Pieces of words that the tokenizer of a new model knows.
-const VOCABULARY: usize = 2048;
+/// Tokens that a new model knows, the marks at the beginning and the end included.
+const VOCABULARY: usize = 2050;
 
 fn main() -> Outcome<()> {
     let arguments = Arguments::parse()?;
@@ -72,7 +72,7 @@ fn begin(arguments: &Arguments, model: &Path) -> Outcome<()> {
     let captions = Dataset::captions_of(&arguments.data)?;
     let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
     std::fs::create_dir_all(configs.join("tokenizer"))?;
-    train_tokenizer(captions.iter().copied(), VOCABULARY, &configs.join("tokenizer").join("tokenizer.json"))?;
+    train_tokenizer(captions.iter().copied(), VOCABULARY, &configs.join("tokenizer"))?;
     create_model(&configs, model, arguments.seed)?;
     Ok(())
 }

@@ -3,6 +3,8 @@
 mod cancel;
 pub mod gemm;
 mod memory;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod reduce;
 pub mod reserve;
 pub mod scratch;

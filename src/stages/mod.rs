@@ -2,7 +2,9 @@
 
 pub mod blocks;
 pub mod diffnext;
+pub mod discriminator;
 pub mod image_encoder;
+pub mod perceptual;
 pub mod stage_a;
 pub mod stage_b;
 pub mod stage_c;

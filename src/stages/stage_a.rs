@@ -14,6 +14,7 @@ use crate::ops::pixel_shuffle::{pixel_shuffle, pixel_unshuffle};
 use crate::ops::residual_mlp::{ResidualMlp, residual_mlp};
 use crate::ops::vector_quantize::nearest;
 use crate::tensor::Tensor;
+use crate::tensor::autograd::{recompute, recomputes};
 
 /// Pixels per side that the first layer folds into channels.
 const PIXEL_FOLD: usize = 2;
@@ -81,7 +82,7 @@ enum Layer {
 }
 
 /// Two residual halves with six learnt scalars: a depthwise convolution, then a pointwise MLP.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Block {
     /// Scale - 1 and shift before, gain after; first for the convolution, then for the MLP.
     gammas: Tensor,
@@ -127,12 +128,24 @@ impl Block {
         };
         residual_mlp(cx, &mixed, &mlp)
     }
+
+    /// [`Block::forward`] as one unit of a tape that keeps what goes into a block and runs it again.
+    fn forward_kept(&self, cx: &Context, x: Tensor) -> Result<Tensor> {
+        if !recomputes(cx) {
+            return self.forward(cx, x);
+        }
+        let block = self.clone();
+        recompute(cx, &[Some(&x)], move |cx, kept| match kept {
+            [Some(x)] => block.forward(cx, x.clone()),
+            _ => Err(Error::internal("stage A block", "its input was not kept")),
+        })
+    }
 }
 
 impl Layer {
     fn forward(&self, cx: &Context, x: Tensor) -> Result<Tensor> {
         match self {
-            Layer::Block(block) => block.forward(cx, x),
+            Layer::Block(block) => block.forward_kept(cx, x),
             Layer::Down { weight, bias } => {
                 let epilogue = Epilogue { bias: Some(bias), ..Epilogue::default() };
                 let (stride, padding) = (RESAMPLE_STRIDE, RESAMPLE_PADDING);
@@ -277,6 +290,11 @@ impl StageA {
         self.decode(cx, &scaled)
     }
 
+    /// The weight of the decoder's last layer: where the weight of an adversarial loss is measured.
+    pub fn last_weight(&self) -> &Tensor {
+        self.decoder_out.weight()
+    }
+
     /// Pixels of codebook vectors, not clamped.
     ///
     /// # Shapes
@@ -303,7 +321,7 @@ impl StageA {
         Ok(x)
     }
 
-    /// The last layer of the decoder: features to pixels. The weight of the adversarial loss is measured here.
+    /// The last layer of the decoder: features to pixels.
     ///
     /// # Shapes
     /// `[N, h, w, channels] -> [N, 2 h, 2 w, 3]`

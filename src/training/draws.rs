@@ -61,6 +61,11 @@ impl Draws {
         (0..self.count as u64).map(move |i| Philox::new(self.seed, (what as u64) << 48 | (self.first + i)))
     }
 
+    /// The numbers of the first sample.
+    pub fn first(self, what: Use) -> Philox {
+        Philox::new(self.seed, (what as u64) << 48 | self.first)
+    }
+
     /// Number `place` in [0, 1) of each sample.
     pub fn uniform(self, what: Use, place: u64) -> Vec<f32> {
         self.generators(what).map(|generator| generator.uniform(place)).collect()

@@ -1,5 +1,6 @@
 //! Trained weights as a model folder.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
@@ -135,9 +136,9 @@ fn write_part(
     new: &Path,
 ) -> Result<()> {
     for name in part.weights.names() {
-        if !tensors.contains_key(&name) {
-            let tensor = part.weights.tensor(&name)?;
-            tensors.insert(name, tensor);
+        if let Entry::Vacant(place) = tensors.entry(name) {
+            let tensor = part.weights.tensor(place.key())?;
+            place.insert(tensor);
         }
     }
     let folder = part.weights.path().parent().unwrap_or(root);

@@ -5,6 +5,7 @@
 //!
 //! | stage | learns | from |
 //! |---|---|---|
+//! | A | pictures after its quantiser ([`objectives::stage_a`]) | pictures |
 //! | C | the noise in latents ([`objectives::stage_c`]) | latents of the frozen image encoder, texts |
 //! | (pair) | which text belongs to which picture ([`objectives::contrast`]) | pictures, texts |
 //! | B | tokens from noised tokens ([`objectives::stage_b`]) | tokens of the frozen Stage A, latents, texts |
@@ -27,6 +28,8 @@ mod retrieval;
 mod tasks;
 mod trainer;
 
+#[cfg(feature = "mpi")]
+pub use crate::device::mpi::MpiRanks;
 pub use adapter::merge_adapter;
 pub use average::Average;
 pub use create::create_model;

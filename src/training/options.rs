@@ -97,8 +97,10 @@ pub struct TrainOptions {
     pub(super) adversary: Adversary,
     /// Stage A: VGG16 and the linear heads of LPIPS.
     pub(super) perceptual: Option<PathBuf>,
-    /// Stage A: the codebook starts as encoder outputs, and dead codes are put back to such.
+    /// Stage A: dead codes are put back to encoder outputs.
     pub(super) revive_codes: bool,
+    /// Stage A: the codebook starts as encoder outputs, for a network that has learnt nothing.
+    pub(super) init_codebook: bool,
     /// The type of exported weights.
     pub(super) export_dtype: DType,
     pub(super) cancel: Option<CancelToken>,
@@ -133,6 +135,7 @@ impl TrainOptions {
             adversary: Adversary { start: u64::MAX, weight: 0.8, channels: 512, depth: 4 },
             perceptual: None,
             revive_codes: true,
+            init_codebook: false,
             export_dtype: DType::F32,
             cancel: None,
         }
@@ -273,8 +276,9 @@ impl TrainOptions {
     /// | `train_encoder` | Stage B: `false` keeps the image encoder as it is |
     /// | `lora_rank`, `lora_alpha` | Stage C: adapters of this rank |
     /// | `adversary_start`, `adversary_weight`, `adversary_channels`, `adversary_depth` | Stage A: the discriminator |
-    /// | `perceptual` | Stage A: path of LPIPS weights |
-    /// | `revive_codes` | Stage A: `false` leaves dead codes dead |
+    /// | `perceptual` | Stage A: path of LPIPS weights, as [`crate::pipeline::load::perceptual`] reads them |
+    /// | `revive_codes` | Stage A: `true`, the default, puts codes that were the nearest of nothing for 100 steps, and for 100 encoder outputs per code, back to encoder outputs of the batch; ours, not the paper's |
+    /// | `init_codebook` | Stage A: `true` begins with encoder outputs of the first batch as codes, for a network that has learnt nothing |
     /// | `export_dtype` | `f32`, `f16` or `bf16` |
     ///
     /// # Errors
@@ -308,6 +312,7 @@ impl TrainOptions {
             "adversary_depth" => self.adversary.depth = number(key, value, 4, 16)?,
             "perceptual" => self.perceptual = (!value.is_empty()).then(|| value.into()),
             "revive_codes" => self.revive_codes = parsed(key, value)?,
+            "init_codebook" => self.init_codebook = parsed(key, value)?,
             "export_dtype" => self.export_dtype = dtype(key, value)?,
             _ => return Err(Error::argument("training option", KEYS, format!("{key:?}"))),
         }

@@ -18,7 +18,7 @@ use crate::tensor::{DType, Tensor};
 pub enum Role {
     /// The optimiser changes it.
     Trained,
-    /// A running statistic of a BatchNorm: it follows the batches, and has no gradient.
+    /// A running statistic of a BatchNorm, or a vector of a spectral norm: it follows, and has no gradient.
     Statistic,
     /// It stays as it is.
     Frozen,
@@ -57,8 +57,8 @@ pub struct Parameters {
 const DOWN: &str = "lora.down";
 const UP: &str = "lora.up";
 
-/// The last part of the names of running statistics.
-const STATISTICS: [&str; 2] = ["running_mean", "running_var"];
+/// The last part of the names of running statistics, and of the vectors that power iterations turn.
+const STATISTICS: [&str; 4] = ["running_mean", "running_var", "weight_u", "weight_v"];
 
 impl Parameters {
     /// Adds copies of everything that `load` asks of `source`, below `prefix`. What is frozen is not copied: it stays

@@ -134,3 +134,86 @@ impl Bucket {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Two ranks that have the same gradients.
+    #[derive(Debug)]
+    struct Twins {
+        concurrent: bool,
+        messages: Mutex<Vec<usize>>,
+        /// The message that fails.
+        failing: Option<usize>,
+    }
+
+    impl Reduce for Twins {
+        fn ranks(&self) -> usize {
+            2
+        }
+
+        fn rank(&self) -> usize {
+            0
+        }
+
+        fn sum_f64(&self, _: &mut [f64]) -> Result<()> {
+            Err(Error::internal("test", "gradients are f32"))
+        }
+
+        fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
+            let mut messages = self.messages.lock().unwrap();
+            if self.failing == Some(messages.len()) {
+                return Err(Error::internal("test", "no link"));
+            }
+            messages.push(values.len());
+            values.iter_mut().for_each(|value| *value *= 2.0);
+            Ok(())
+        }
+
+        fn concurrent(&self) -> bool {
+            self.concurrent
+        }
+    }
+
+    const LENGTHS: [usize; 4] = [BUCKET - 1, 3, BUCKET, 5];
+
+    /// Leaf i holds i + 1 everywhere.
+    fn reduced(concurrent: bool, failing: Option<usize>) -> Result<(Vec<usize>, Gradients)> {
+        let twins = Arc::new(Twins { concurrent, messages: Mutex::default(), failing });
+        let shared: Arc<dyn Reduce> = twins.clone();
+        let mut reduction = Reduction::new(Some(&shared))?;
+        let mut gradients = Gradients::default();
+        for (leaf, &len) in LENGTHS.iter().enumerate() {
+            let gradient = Tensor::from_slice(&[len], &vec![leaf as f32 + 1.0; len])?;
+            reduction.send(leaf, &gradient)?;
+            gradients.replace(leaf, gradient);
+        }
+        reduction.finish(&mut gradients)?;
+        let messages = twins.messages.lock().unwrap().clone();
+        Ok((messages, gradients))
+    }
+
+    #[test]
+    fn sums_come_back_to_their_leaves() {
+        for (concurrent, expected) in [(true, vec![BUCKET + 2, BUCKET, 5]), (false, vec![2 * BUCKET + 7])] {
+            let (messages, gradients) = reduced(concurrent, None).unwrap();
+            assert_eq!(messages, expected);
+            for (leaf, &len) in LENGTHS.iter().enumerate() {
+                let sum = gradients.get(leaf).unwrap().slice::<f32>().unwrap();
+                assert_eq!(sum.len(), len);
+                assert!(sum.iter().all(|&value| value == 2.0 * (leaf as f32 + 1.0)), "leaf {leaf}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_that_fails_is_an_error() {
+        for (concurrent, message) in [(true, 0), (true, 1), (true, 2), (false, 0)] {
+            let error = reduced(concurrent, Some(message)).map(|_| ()).unwrap_err();
+            assert!(error.to_string().contains("no link"), "{error}");
+        }
+    }
+}

@@ -61,16 +61,17 @@ impl Retrieval {
         })
     }
 
-    /// Where pictures lie, as directions of length 1, `[N, D]`. Their sizes may differ.
+    /// Where pictures lie, as directions of length 1, `[N, D]`. They are brought to the size that the model was trained
+    /// at: the pair has seen no other.
     ///
     /// # Errors
     /// `InvalidArgument` for no pictures; `OutOfMemory`.
     pub fn embed_images(&self, images: &[&Image]) -> Result<Tensor> {
-        let size = |image: &Image| (image.width(), image.height());
-        let alike = images.chunk_by(|a, b| size(a) == size(b)).flat_map(|run| run.chunks(BATCH));
-        self.embed("images", alike, |cx, images| {
-            let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
-            let pixels = self.model.encoder_pixels(cx, &images)?;
+        let info = self.model.info();
+        let (width, height) = (info.default_width, info.default_height);
+        self.embed("images", images.chunks(BATCH), |cx, images| {
+            let sized = images.iter().map(|image| image.resized(cx, width, height));
+            let pixels = self.model.encoder_pixels(cx, &sized.collect::<Result<Vec<_>>>()?)?;
             self.pair.embed_images(cx, &pixels, Mode::Inference)
         })
     }

@@ -9,9 +9,10 @@ use super::options::{Goal, TrainOptions};
 use super::parameters::Parameters;
 use super::reduction::Reduction;
 use super::tasks::pair::PairTask;
+use super::tasks::stage_a::StageATask;
 use super::tasks::stage_b::StageBTask;
 use super::tasks::stage_c::StageCTask;
-use super::tasks::{Measured, Pass, Sample, Task};
+use super::tasks::{Commit, Measured, Pass, Sample, Task};
 use crate::device::threads::run_apart_with_reserve;
 use crate::device::{CancelToken, Context, Reduce};
 use crate::error::{Error, Result};
@@ -82,10 +83,10 @@ impl Trainer {
         let cx = Context::new(base.device());
         let mut parameters = Parameters::default();
         let task: Box<dyn Task> = match options.goal {
-            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
+            Goal::StageA => Box::new(StageATask::new(&cx, base, options, &mut parameters)?),
             Goal::StageB => Box::new(StageBTask::new(&cx, base, options, &mut parameters)?),
+            Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
             Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
-            goal => return Err(Error::unsupported(format!("training {goal:?}"), "not yet")),
         };
         let average = Average::new(&parameters)?;
         let mut trainer = Trainer {
@@ -228,7 +229,8 @@ impl Trainer {
         let first = self.progress.samples + (rank * samples.len()) as u64;
         let mut gradients = Gradients::default();
         let mut reduction = Reduction::new(self.reduce.as_ref())?;
-        let mut totals = [0.0; 2];
+        let size = samples.len() as f64;
+        let mut totals = [0.0, 0.0, size, size * size];
         let mut seen = Vec::new();
         let parts = even_parts(samples.len(), self.options.accumulation as usize);
         for (i, range) in parts.iter().enumerate() {
@@ -265,12 +267,21 @@ impl Trainer {
             seen.extend(measured.seen);
         }
         reduction.finish(&mut gradients)?;
+        let commit =
+            Commit { options: &self.options, step: self.progress.step, reduce: self.reduce.as_ref() };
+        self.task.sum_up(&cx, &commit)?;
         if let Some(reduce) = &self.reduce {
             reduce.sum_f64(&mut totals)?;
         }
         self.parameters.expect_gradients(&gradients)?;
         let norm = gradient_norm(&cx, &self.parameters, &gradients)?;
-        let [loss, accuracy] = totals;
+        let [loss, accuracy, sizes, squares] = totals;
+        // The square of a sum is the number of its terms times the sum of their squares only if all are equal. Every
+        // rank sees the same sums, so all refuse or none.
+        if sizes * sizes != squares * ranks as f64 {
+            let found = format!("{size} on rank {rank}, {sizes} in all");
+            return Err(Error::argument("samples", "as many on every rank", found));
+        }
         let metrics = TrainMetrics {
             step: self.progress.step + 1,
             skipped: !loss.is_finite() || !norm.is_finite(),
@@ -301,7 +312,7 @@ impl Trainer {
         let updated =
             optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
                 .and_then(|()| self.parameters.follow(seen))
-                .and_then(|()| self.task.after_step(&mut self.parameters))
+                .and_then(|()| self.task.after_step(&cx, &mut self.parameters))
                 .and_then(|()| {
                     self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
                 });

@@ -6,6 +6,7 @@ mod archive;
 pub mod config;
 mod file;
 pub mod lora;
+pub mod lpips;
 mod names;
 pub mod v1;
 pub mod v2;

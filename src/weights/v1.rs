@@ -162,6 +162,19 @@ pub fn image_encoder(name: &str, stages: &[EncoderStage]) -> String {
     }
 }
 
+/// The discriminator of Stage A, the authors' `Discriminator`: a LeakyReLU follows the first layer, an InstanceNorm and
+/// a LeakyReLU each of the others.
+pub fn discriminator(name: &str) -> String {
+    let parts: Vec<&str> = name.splitn(3, '.').collect();
+    match parts[..] {
+        ["layers", layer, leaf] => {
+            let number: usize = layer.parse().unwrap_or_default();
+            format!("encoder.{}.{leaf}", (3 * number).saturating_sub(1))
+        }
+        _ => rename(name, &[("out", "shuffle")]),
+    }
+}
+
 /// How the blocks of one stage of the image encoder are numbered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EncoderStage {
@@ -207,6 +220,9 @@ mod tests {
         assert_eq!(stage_a("decoder.0.depthwise.bias", 2), "up_blocks.1.depthwise.1.bias");
         assert_eq!(stage_a("encoder.out.norm.running_var", 2), "down_blocks.3.1.running_var");
         assert_eq!(text_encoder("layers.0.attention.key.weight"), "encoder.layers.0.self_attn.k_proj.weight");
+        assert_eq!(discriminator("layers.0.weight_u"), "encoder.0.weight_u");
+        assert_eq!(discriminator("layers.2.bias"), "encoder.5.bias");
+        assert_eq!(discriminator("out.weight"), "shuffle.weight");
         let stages = [EncoderStage { fused: false, expands: true }];
         assert_eq!(image_encoder("stages.0.1.squeeze.bias", &stages), "backbone.1.1.block.2.fc1.bias");
     }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fs::{self, File};
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -19,12 +20,16 @@ pub fn write_safetensors<'a>(
     tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
 ) -> Result<()> {
     let tensors = tensors.into_iter().map(|(name, tensor)| (name, Whole(tensor)));
+    // The format's crate makes files for their owner alone; what the system gives to others is theirs too.
+    let created = File::create(path).and_then(|file| file.metadata());
+    let permissions = created.map_err(|source| Error::io(path, source))?.permissions();
     // Readers of the Hugging Face libraries want to know whose tensors these are.
     let notes = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     serialize_to_file(tensors, Some(notes), path).map_err(|error| match error {
         SafeTensorError::IoError(source) => Error::io(path, source),
         other => Error::io(path, std::io::Error::other(other.to_string())),
-    })
+    })?;
+    fs::set_permissions(path, permissions).map_err(|source| Error::io(path, source))
 }
 
 /// The numbers in another float type, rounded to the nearest; others as they are.

@@ -1,8 +1,10 @@
 //! Reference data of the parity tests: computed by the authors' own code, see `tests/fixtures/NOTES.md`.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod training;
+
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use wuerstchen::{Context, Device, Result, Tensor};
 
@@ -33,7 +35,11 @@ pub struct Case {
 
 impl Case {
     pub fn read(name: &str) -> Self {
-        let path = fixtures().join("cases").join(name);
+        Self::read_at(name, &fixtures().join("cases").join(name))
+    }
+
+    /// The case whose two files are called `path`, but for their endings.
+    pub fn read_at(name: &str, path: &Path) -> Self {
         let bytes = std::fs::read(path.with_extension("safetensors")).unwrap();
         let parsed = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let tensors = parsed.iter().map(|(name, view)| {

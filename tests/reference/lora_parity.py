@@ -18,8 +18,10 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import diffusers
 import peft
 import torch
+import transformers
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -138,10 +140,14 @@ def case_names_of_the_first_processors(folder):
 
 
 def pipeline_with(folder):
-    pipeline = wuerstchen.WuerstchenPriorPipeline.from_pretrained(PRIOR)
+    pipeline = wuerstchen.WuerstchenPriorPipeline(
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(PRIOR / "tokenizer"),
+        text_encoder=transformers.CLIPTextModel.from_pretrained(PRIOR / "text_encoder"),
+        prior=fresh_prior(),
+        scheduler=diffusers.DDPMWuerstchenScheduler.from_pretrained(PRIOR / "scheduler"),
+    )
     pipeline.load_lora_weights(folder)
-    round_frequencies_right(pipeline.prior)
-    return pipeline.prior.eval()
+    return pipeline.prior
 
 
 def train(folder):

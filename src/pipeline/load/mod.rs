@@ -1,5 +1,6 @@
 //! From the folder of a part to its network: config to sizes, names to weights. Nothing here reads a weight.
 
+mod lpips;
 mod v1;
 mod v2;
 
@@ -15,9 +16,10 @@ use crate::text::{SpecialIds, Tokenizer};
 use crate::weights::config::{self, HiddenAct};
 use crate::weights::{Key, Renamed, STEMS, Weights, v1 as names};
 
+pub use lpips::perceptual;
 pub use v1::{
-    ImagePart, image_encoder, image_encoder_layout, stage_a, stage_a_layout, stage_b, stage_b_layout,
-    stage_c, stage_c_layout,
+    ImagePart, discriminator, image_encoder, image_encoder_layout, stage_a, stage_a_layout, stage_b,
+    stage_b_layout, stage_c, stage_c_layout,
 };
 pub use v2::{decoder, prior, scheduler, vq_model};
 

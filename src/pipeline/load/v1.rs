@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{Keys, Layout, Part, blocks_up, levels, part_of};
 use crate::error::Result;
 use crate::image::Normalisation;
+use crate::stages::discriminator::{Discriminator, DiscriminatorConfig};
 use crate::stages::image_encoder::{BlockKind, ImageEncoder, ImageEncoderConfig, StageConfig};
 use crate::stages::stage_a::{StageA, StageAConfig};
 use crate::stages::stage_b::{StageB, StageBConfig};
@@ -48,6 +49,21 @@ pub(super) fn stage_a_sizes(read: &config::StageAConfig) -> StageAConfig {
         codebook_size: read.codebook_size,
         scale_factor: read.scale_factor,
     }
+}
+
+/// The discriminator that Stage A was trained against.
+///
+/// # Errors
+/// `Io` and `Format`, naming the file and the field or tensor; `InvalidArgument` for sizes that do not go together.
+pub fn discriminator(folder: &Path) -> Result<Part<Discriminator>> {
+    let read = config::DiscriminatorConfig::read(folder)?;
+    let sizes = DiscriminatorConfig {
+        inputs: read.c_in,
+        condition: read.c_cond,
+        channels: read.c_hidden,
+        depth: read.depth,
+    };
+    part_of(folder, Keys::new(names::discriminator), |p| Discriminator::load(p, sizes))
 }
 
 /// The paper's Stage B.

@@ -286,6 +286,8 @@ where
     let out = block(&probe.attach(cx), &inner)?;
     let mut leaves: Vec<usize> = probe.state().uses.keys().copied().collect();
     leaves.retain(|&leaf| leaf <= usize::MAX - kept.len());
+    // Gradients are complete in the order of this list, which must be that of all ranks.
+    leaves.sort_unstable();
     let places: Vec<Option<Tracked>> =
         kept.iter().map(|input| input.as_ref().and_then(|t| t.tracked)).collect();
     if out.tracked.is_none() {

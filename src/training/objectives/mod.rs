@@ -2,5 +2,6 @@
 //! number or changes a weight.
 
 pub mod contrast;
+pub mod stage_a;
 pub mod stage_b;
 pub mod stage_c;

@@ -2,6 +2,7 @@
 //! parameters; the trainer does what is alike for all.
 
 pub(super) mod pair;
+pub(super) mod stage_a;
 pub(super) mod stage_b;
 pub(super) mod stage_c;
 
@@ -52,6 +53,14 @@ pub(super) struct Pass<'a> {
     pub gradients: &'a mut Gradients,
     /// Told of each gradient as soon as it is complete.
     pub complete: &'a mut dyn FnMut(usize, &Tensor) -> Result<()>,
+}
+
+/// A step that has seen its whole batch.
+pub(super) struct Commit<'a> {
+    pub options: &'a TrainOptions,
+    /// Steps that were taken before this one.
+    pub step: u64,
+    pub reduce: Option<&'a Arc<dyn Reduce>>,
 }
 
 /// What a part of a batch showed.
@@ -109,11 +118,20 @@ pub(super) trait Task: Send + Sync {
         Ok(())
     }
 
-    /// What is done to the parameters after each update, with nothing loaded over them.
+    /// After the whole batch, before anything changes: sums over ranks what the task has gathered on its own.
     ///
     /// # Errors
-    /// `Internal` if something is.
-    fn after_step(&self, _parameters: &mut Parameters) -> Result<()> {
+    /// What summing failed with; `OutOfMemory`; `Cancelled`.
+    fn sum_up(&mut self, _cx: &Context, _commit: &Commit) -> Result<()> {
+        Ok(())
+    }
+
+    /// What else changes after the optimiser has changed the parameters, with nothing loaded over them. Not called for
+    /// a step that is skipped.
+    ///
+    /// # Errors
+    /// `Internal` if something is; `OutOfMemory`.
+    fn after_step(&mut self, _cx: &Context, _parameters: &mut Parameters) -> Result<()> {
         Ok(())
     }
 
@@ -152,7 +170,15 @@ impl Pass<'_> {
     /// `OutOfMemory`; `Cancelled`.
     pub fn backward(&mut self, tape: &Tape, loss: &Tensor) -> Result<()> {
         let seed = Tensor::from_slice(loss.dims(), &[self.share])?;
-        tape.backward_watched(self.cx, &[(loss, seed)], self.gradients, self.complete)
+        self.backward_from(tape, &[(loss, seed)])
+    }
+
+    /// Walks back from tensors whose gradients, times the share of this part, are known.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; `Cancelled`.
+    pub fn backward_from(&mut self, tape: &Tape, seeds: &[(&Tensor, Tensor)]) -> Result<()> {
+        tape.backward_watched(self.cx, seeds, self.gradients, self.complete)
     }
 
     /// A fresh tape, as the options want it.

@@ -97,7 +97,7 @@ impl Task for PairTask {
         })
     }
 
-    fn after_step(&self, parameters: &mut Parameters) -> Result<()> {
+    fn after_step(&mut self, _: &Context, parameters: &mut Parameters) -> Result<()> {
         if let Some(place) = parameters.place(LOG_TEMPERATURE) {
             let most = TEMPERATURE_MAX.ln();
             parameters.values_mut(place)?.iter_mut().for_each(|log| *log = log.min(most));

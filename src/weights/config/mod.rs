@@ -9,7 +9,7 @@ mod stages;
 pub use encoders::{EncoderBlock, EncoderBlockKind, HiddenAct, ImageEncoderConfig, TextEncoderConfig};
 pub use index::{GenerationDefaults, ModelIndex, Pipeline, V2Settings};
 pub use scheduler::SchedulerConfig;
-pub use stages::{DiffNeXtConfig, StageAConfig, StageBConfig, StageCConfig, UNetConfig};
+pub use stages::{DiffNeXtConfig, DiscriminatorConfig, StageAConfig, StageBConfig, StageCConfig, UNetConfig};
 
 /// The file that describes a part of a model.
 pub const CONFIG_FILE: &str = "config.json";

@@ -17,6 +17,9 @@ const PATCH_MAX: usize = 16;
 /// The narrowest timestep embedding: its frequencies are spaced by 1 / (c_r / 2 - 1).
 const C_R_MIN: usize = 4;
 
+/// The most layers of a discriminator: each halves the picture.
+const DISCRIMINATOR_DEPTH_MAX: usize = 16;
+
 /// The largest side of a latent picture.
 const LATENT_MAX: usize = 4096;
 
@@ -82,6 +85,36 @@ impl StageAConfig {
             return Err(fields.clash(c_hidden, expected, config.c_hidden));
         }
         Ok(config)
+    }
+}
+
+/// What Stage A was trained against (`Discriminator`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct DiscriminatorConfig {
+    /// Channels of a picture.
+    pub c_in: usize,
+    /// Length of the condition; 0 for none.
+    pub c_cond: usize,
+    /// Channels of the last layers.
+    pub c_hidden: usize,
+    /// Layers of stride 2.
+    pub depth: usize,
+}
+
+impl DiscriminatorConfig {
+    /// Reads `folder/config.json`.
+    ///
+    /// # Errors
+    /// `Io`; `Format`, naming the field.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let fields = Fields::read(&folder.join(CONFIG_FILE))?;
+        fields.expect_class("Discriminator")?;
+        Ok(DiscriminatorConfig {
+            c_in: fields.count("c_in", Some(COLOURS), WIDTHS)?,
+            c_cond: fields.count("c_cond", Some(0), 0..=WIDTH_MAX)?,
+            c_hidden: fields.count("c_hidden", Some(512), WIDTHS)?,
+            depth: fields.count("depth", Some(6), 1..=DISCRIMINATOR_DEPTH_MAX)?,
+        })
     }
 }
 

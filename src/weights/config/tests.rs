@@ -26,6 +26,8 @@ fn every_config_of_the_fixtures_is_read() {
     }
     let extra = Path::new(FIXTURES).join("extra");
     assert_eq!(StageAConfig::read(&extra.join("stage_a_levels3")).unwrap().levels, 3);
+    let cond = DiscriminatorConfig::read(&extra.join("discriminator_cond")).unwrap();
+    assert_eq!(cond, DiscriminatorConfig { c_in: 3, c_cond: 6, c_hidden: 32, depth: 4 });
     let alt = StageBConfig::read(&extra.join("stage_b_alt")).unwrap();
     assert_eq!((alt.unet.nhead[0], alt.unet.nhead[2], alt.self_attn), (None, Some(3), false));
     assert_eq!(alt.unet.level_config, ["CTF", "CATF", "CTA"]);

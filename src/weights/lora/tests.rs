@@ -82,6 +82,9 @@ fn opened(test: &str, tensors: &[(&str, &[usize])]) -> Result<Adapter> {
     adapter
 }
 
+/// A test's name, the tensors of its file, and what the error says.
+type Refused = (&'static str, &'static [(&'static str, &'static [usize])], &'static [&'static str]);
+
 const A: &str = "blocks.2.attention.to_q.lora_A.weight";
 const B: &str = "blocks.2.attention.to_q.lora_B.weight";
 
@@ -97,7 +100,7 @@ fn alpha_is_divided_by_the_rank() {
 
 #[test]
 fn errors_name_the_tensor() {
-    let cases: [(&str, &[(&str, &[usize])], &[&str]); 7] = [
+    let cases: [Refused; 7] = [
         ("empty", &[], &["the tensors of an adapter"]),
         ("half", &[(A, &[2, 4])], &[A, "other half"]),
         ("flat", &[(A, &[8]), (B, &[4, 2])], &[A, "[rank, inputs]", "[8]"]),
