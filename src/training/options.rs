@@ -20,7 +20,7 @@ const KEYS: &str = "one of learning_rate, weight_decay, warmup_steps, grad_clip,
                     seed, compute_dtype, beta1, beta2, adam_eps, ema_decay, ema_start, ema_every, recompute, \
                     p2_weighting, image_dropout, image_noise, train_encoder, lora_rank, lora_alpha, \
                     adversary_start, adversary_weight, adversary_channels, adversary_depth, perceptual, \
-                    revive_codes, export_dtype";
+                    revive_codes, init_codebook, export_dtype";
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

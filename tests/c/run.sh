@@ -108,6 +108,7 @@ program v2 "$work/v2" "$V2"
 program wrapper "$work/wrapper" "$MODEL" "$V2"
 program train_arguments "$work/train_arguments" "$TINY"
 program train "$work/train" "$TINY" "$(fresh)"
+check "train: the library prints nothing" test "$(wc -l <"$work/log")" -eq 1
 program loader "$work/loader" "$TINY" "$(fresh)"
 program train_wrapper "$work/train_wrapper" "$TINY" "$(fresh)"
 program load env -u LD_LIBRARY_PATH "$work/load" "$work/lib/libwuerstchen.so.0" "$work/wuerstchen_copy.so" "$MODEL"

@@ -69,7 +69,7 @@ int main(int argc, char **argv) {
     if (argc < 3) return 2; /* MODEL SCRATCH [RUNS] */
     long runs = argc > 3 ? atol(argv[3]) : 1000000;
     for (uint32_t i = 0; i < 2; ++i) images[i] = picture(SIDE, i);
-    for (wst_stage stage = WST_STAGE_B; stage <= WST_STAGE_C; ++stage) {
+    for (wst_stage stage = WST_STAGE_A; stage <= WST_STAGE_PAIR; ++stage) {
         snprintf(checkpoint, sizeof checkpoint, "%s/checkpoint-%d", argv[2], stage);
         snprintf(copy, sizeof copy, "%s/copy-%d", argv[2], stage);
         run_t before = {0}, right = {0};
