@@ -30,7 +30,14 @@ struct Arguments {
     seed: u64,
 }
 
-fn main() -> Outcome<()> {
+fn main() {
+    if let Err(error) = run() {
+        eprintln!("evaluate: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run() -> Outcome<()> {
     let arguments = parse()?;
     let model = Model::open(&arguments.model, &ModelOptions::default())?;
     let judge = Retrieval::new(arguments.judge.as_ref().unwrap_or(&arguments.model))?;
