@@ -5,16 +5,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[path = "common/mod.rs"]
 mod common;
-#[path = "common/ranks.rs"]
-mod ranks;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::fixtures;
-use ranks::{EPS_ABOVE_NOISE, Named, assert_same_losses, assert_same_weights};
+use common::ranks::{EPS_ABOVE_NOISE, Named, assert_same_losses, assert_same_weights};
 
 const RATE: f64 = 1e-3;
 

@@ -3,15 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[path = "common/mod.rs"]
 mod common;
-#[path = "common/ranks.rs"]
-mod ranks;
 
 use std::sync::Arc;
 
 use common::fixtures;
-use ranks::{EPS_ABOVE_NOISE, Links, Named, ThreadRank, assert_same_losses, assert_same_weights};
+use common::ranks::{EPS_ABOVE_NOISE, Links, Named, ThreadRank, assert_same_losses, assert_same_weights};
 use wuerstchen::device::Reduce;
 use wuerstchen::training::{Goal, TrainOptions, Trainer};
 use wuerstchen::{Error, Image, Model, ModelOptions, Result};

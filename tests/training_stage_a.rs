@@ -4,11 +4,11 @@
 
 mod common;
 
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::Arc;
 
+use common::ranks::{Links, ThreadRank};
 use common::training::{Trained, assert_gradients, assert_input_gradient, assert_scalar, channels_first};
 use common::{Case, NETWORK_TOLERANCE, context, fixtures, relative_error};
-use wuerstchen::device::Reduce;
 use wuerstchen::nn::{Mode, Params, TrainingPass};
 use wuerstchen::ops::binary_cross_entropy::binary_cross_entropy;
 use wuerstchen::ops::regression::weighted_sum;
@@ -21,7 +21,7 @@ use wuerstchen::training::objectives::stage_a::{
 };
 use wuerstchen::training::parameters::{Parameters, Role};
 use wuerstchen::training::{Goal, TrainOptions, Trainer};
-use wuerstchen::{Context, Image, Model, ModelOptions, Result, Tensor};
+use wuerstchen::{Context, Image, Model, ModelOptions, Tensor};
 
 /// A leaf that is no parameter.
 const INPUT: usize = 1 << 20;
@@ -393,70 +393,16 @@ fn steps_do_not_depend_on_threads() {
     assert!(one == three);
 }
 
-/// Two processes of a data-parallel run, here two threads.
-#[derive(Debug)]
-struct Rank {
-    number: usize,
-    doubles: Arc<Meeting<f64>>,
-    singles: Arc<Meeting<f32>>,
-}
-
-/// Where both leave what they have, and take the sum.
-#[derive(Debug)]
-struct Meeting<T> {
-    barrier: Barrier,
-    left: [Mutex<Vec<T>>; 2],
-}
-
-impl<T: Copy + Default + std::ops::Add<Output = T>> Meeting<T> {
-    fn new() -> Arc<Self> {
-        Arc::new(Meeting { barrier: Barrier::new(2), left: Default::default() })
-    }
-
-    fn sum(&self, rank: usize, values: &mut [T]) {
-        *self.left[rank].lock().unwrap() = values.to_vec();
-        self.barrier.wait();
-        let [first, second] = [0, 1].map(|rank| self.left[rank].lock().unwrap().clone());
-        assert_eq!(first.len(), second.len());
-        values.iter_mut().zip(first.iter().zip(&second)).for_each(|(sum, (a, b))| *sum = *a + *b);
-        self.barrier.wait();
-    }
-}
-
-impl Reduce for Rank {
-    fn ranks(&self) -> usize {
-        2
-    }
-
-    fn rank(&self) -> usize {
-        self.number
-    }
-
-    fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
-        self.doubles.sum(self.number, values);
-        Ok(())
-    }
-
-    fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
-        self.singles.sum(self.number, values);
-        Ok(())
-    }
-
-    fn concurrent(&self) -> bool {
-        true
-    }
-}
-
 #[test]
 fn two_ranks_learn_what_one_does() {
     let set = [("adversary_start", "1"), ("init_codebook", "true"), ("learning_rate", "0.0001")];
     let images = pictures(4);
     let mut alone = Trainer::new(&model(), &options(&set)).unwrap();
     let expected = steps(&mut alone, &images, 4);
-    let (doubles, singles) = (Meeting::new(), Meeting::new());
+    let ranks = ThreadRank::all(2, Links::Two);
     let learn = &|number: usize| {
         let mut trainer = Trainer::new(&model(), &options(&set)).unwrap();
-        trainer.set_reduce(Arc::new(Rank { number, doubles: doubles.clone(), singles: singles.clone() }));
+        trainer.set_reduce(ranks[number].clone());
         let losses = steps(&mut trainer, &images[2 * number..][..2], 4);
         let folder = std::env::temp_dir().join(format!("wst-stage-a-rank{number}-{}", std::process::id()));
         trainer.save(&folder).unwrap();

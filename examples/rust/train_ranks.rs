@@ -36,19 +36,17 @@ struct Arguments {
 }
 
 fn main() {
-    let outcome = MpiRanks::start().map_err(Failure::from).and_then(|ranks| {
-        let ranks = Arc::new(ranks);
-        let outcome = parse(std::env::args().skip(1)).and_then(|arguments| run(&arguments, &ranks));
-        if let Err(error) = outcome {
-            eprintln!("train_ranks, rank {}: {error}", ranks.rank());
-            // The others cannot know, and would wait for this one in their next sum.
-            ranks.abort();
+    let ranks = match MpiRanks::start() {
+        Ok(ranks) => Arc::new(ranks),
+        Err(error) => {
+            eprintln!("train_ranks: {error}");
+            std::process::exit(1);
         }
-        Ok(())
-    });
-    if let Err(error) = outcome {
-        eprintln!("train_ranks: {error}");
-        std::process::exit(1);
+    };
+    if let Err(error) = parse(std::env::args().skip(1)).and_then(|arguments| run(&arguments, &ranks)) {
+        eprintln!("train_ranks, rank {}: {error}", ranks.rank());
+        // The others cannot know, and would wait for this one in their next sum.
+        ranks.abort();
     }
 }
 
@@ -94,7 +92,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, Failure> 
 
 fn run(arguments: &Arguments, link: &Arc<MpiRanks>) -> Result<(), Failure> {
     let (ranks, rank) = (link.ranks(), link.rank());
-    if arguments.batch % ranks != 0 {
+    if !arguments.batch.is_multiple_of(ranks) {
         return Err(format!("--batch: {} samples do not divide by {ranks} processes", arguments.batch).into());
     }
     let mut model_options = ModelOptions::default();

@@ -41,6 +41,8 @@ impl Dataset {
     }
 
     /// All captions of a folder, without keeping the pictures.
+    // The evaluation needs none.
+    #[allow(dead_code)]
     pub fn captions_of(folder: &Path) -> Outcome<Vec<String>> {
         let mut captions = Vec::new();
         let mut loader = open(folder, 32)?;

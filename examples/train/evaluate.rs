@@ -30,14 +30,23 @@ struct Arguments {
     seed: u64,
 }
 
-fn main() -> Outcome<()> {
+fn main() {
+    if let Err(error) = run() {
+        eprintln!("evaluate: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run() -> Outcome<()> {
     let arguments = parse()?;
     let model = Model::open(&arguments.model, &ModelOptions::default())?;
     let judge = Retrieval::new(arguments.judge.as_ref().unwrap_or(&arguments.model))?;
     let side = model.info().default_width;
-    let sets = arguments.data.iter().map(|folder| Dataset::read(folder, side)).collect::<Outcome<Vec<_>>>()?;
+    let sets =
+        arguments.data.iter().map(|folder| Dataset::read(folder, side)).collect::<Outcome<Vec<_>>>()?;
     // Every caption of every set is a candidate.
-    let labels: Vec<String> = sets.iter().flat_map(|set| (0..set.len()).map(|i| set.caption(i, 0.0))).collect();
+    let labels: Vec<String> =
+        sets.iter().flat_map(|set| (0..set.len()).map(|i| set.caption(i, 0.0))).collect();
     let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
     let mut first = 0;
     for (folder, set) in arguments.data.iter().zip(&sets) {
@@ -53,7 +62,10 @@ fn main() -> Outcome<()> {
         };
         let real: Vec<Image> = chosen.iter().map(|&i| set.images[i].clone()).collect();
         show("the pictures", &real)?;
-        show("through Stage A", &real.iter().map(|image| through_a(&model, image)).collect::<Outcome<Vec<_>>>()?)?;
+        show(
+            "through Stage A",
+            &real.iter().map(|image| through_a(&model, image)).collect::<Outcome<Vec<_>>>()?,
+        )?;
         let captions: Vec<&str> = own.iter().map(|&i| labels[i]).collect();
         show("Stage B, true latents", &drawn(&model, &captions, Some(&real), arguments.seed)?)?;
         show("drawn from the captions", &drawn(&model, &captions, None, arguments.seed)?)?;
@@ -84,7 +96,8 @@ fn drawn(model: &Model, captions: &[&str], images: Option<&[Image]>, seed: u64) 
 
 fn parse() -> Outcome<Arguments> {
     let mut places: Vec<PathBuf> = Vec::new();
-    let mut parsed = Arguments { model: PathBuf::new(), data: Vec::new(), judge: None, captions: 96, seed: 0 };
+    let mut parsed =
+        Arguments { model: PathBuf::new(), data: Vec::new(), judge: None, captions: 96, seed: 0 };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if !word.starts_with("--") {

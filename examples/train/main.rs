@@ -43,7 +43,14 @@ const ORDER: [Goal; 4] = [Goal::Pair, Goal::StageA, Goal::StageB, Goal::StageC];
 /// Tokens that a new model knows, the marks at the beginning and the end included.
 const VOCABULARY: usize = 2050;
 
-fn main() -> Outcome<()> {
+fn main() {
+    if let Err(error) = run() {
+        eprintln!("train: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run() -> Outcome<()> {
     let arguments = Arguments::parse()?;
     std::fs::create_dir_all(&arguments.out)?;
     let model = arguments.out.join("model");

@@ -54,6 +54,7 @@ impl Report {
             "samples_per_s": samples as f64 / seconds,
         });
         writeln!(self.lines, "{line}")?;
+        self.lines.flush()?;
         self.bar.set_message(format!("loss {:.4} acc {:.3}", metrics.loss, metrics.accuracy));
         self.bar.inc(1);
         Ok(())

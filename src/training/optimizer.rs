@@ -2,6 +2,7 @@
 //! rate.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::parameters::Parameters;
 use crate::device::Context;
@@ -81,10 +82,10 @@ pub fn step(
 ) -> Result<()> {
     let places: Vec<usize> = parameters.trained().collect();
     for &place in &places {
-        if !moments.of.contains_key(&place) {
-            let dims = parameters.list()[place].master().dims().to_vec();
-            let zeros = || Tensor::zeros(cx, "optimiser state", &dims, DType::F32)?.detached();
-            moments.of.insert(place, [zeros()?, zeros()?]);
+        if let Entry::Vacant(absent) = moments.of.entry(place) {
+            let dims = parameters.list()[place].master().dims();
+            let zeros = || Tensor::zeros(cx, "optimiser state", dims, DType::F32)?.detached();
+            absent.insert([zeros()?, zeros()?]);
         }
     }
     let rate = settings.rate(moments.steps);

@@ -2,7 +2,7 @@
 //!
 //! One safetensors file, `pytorch_lora_weights.safetensors` in a folder, with two matrices per layer:
 //! `prior.blocks.2.attention.to_q.lora_A.weight` `[rank, inputs]` and `.lora_B.weight` `[outputs, rank]`. Names are
-//! v2's for both generations. Older spellings that diffusers still reads are read too, see [`parse`].
+//! v2's for both generations. Older spellings that diffusers still reads are read too, see `parse`.
 
 mod settings;
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Reference data of the parity tests: computed by the authors' own code, see `tests/fixtures/NOTES.md`.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod ranks;
 pub mod training;
 
 use std::collections::HashMap;

@@ -91,9 +91,7 @@ pub(super) trait Task: Send + Sync {
     ///
     /// # Errors
     /// `InvalidArgument` for text that the tokenizer cannot split; `OutOfMemory`.
-    fn caption(&self, _cx: &Context, _model: &Model, _caption: &str) -> Result<Option<(Tensor, usize)>> {
-        Ok(None)
-    }
+    fn caption(&self, cx: &Context, model: &Model, caption: &str) -> Result<Option<(Tensor, usize)>>;
 
     /// Loads the networks over the parameters.
     ///

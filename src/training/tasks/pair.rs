@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::nn::{Mode, Params, TrainingPass};
 use crate::pipeline::{Model, Stage};
+use crate::tensor::Tensor;
 use crate::training::Trainer;
 use crate::training::export::TrainedPart;
 use crate::training::objectives::contrast::{Batch, Pair, PairConfig, text_ends};
@@ -60,6 +61,10 @@ impl Task for PairTask {
         let texts = texts_apart(&model.token_ids(cx, Stage::C, captions)?)?;
         let sample = |(pixels, text)| Sample { pixels: Some(pixels), text: Some(text), ..Sample::default() };
         Ok(pixels.into_iter().zip(texts).map(sample).collect())
+    }
+
+    fn caption(&self, cx: &Context, model: &Model, caption: &str) -> Result<Option<(Tensor, usize)>> {
+        Ok(texts_apart(&model.token_ids(cx, Stage::C, &[caption])?)?.pop())
     }
 
     fn load(&mut self, parameters: &Parameters) -> Result<()> {

@@ -153,6 +153,10 @@ impl Task for StageATask {
         Ok(pixels.into_iter().map(|pixels| Sample { pixels: Some(pixels), ..Sample::default() }).collect())
     }
 
+    fn caption(&self, _: &Context, _: &Model, _: &str) -> Result<Option<(Tensor, usize)>> {
+        Ok(None)
+    }
+
     fn load(&mut self, parameters: &Parameters) -> Result<()> {
         self.network = Some(StageA::load(&Params::new(parameters).sub(PREFIX), self.config)?);
         self.adversary.as_mut().map_or(Ok(()), Adversary::load)
