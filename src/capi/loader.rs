@@ -134,7 +134,7 @@ pub unsafe extern "C" fn wst_loader_resume(
             let loader = call.handle("loader", loader)?;
             let trainer = call.handle("trainer", trainer)?;
             loader.exclusive(|place| {
-                *place = trainer.shared(call, |trainer| trainer.resume(&loader.options))?;
+                *place = trainer.shared(call, |trainer| trainer.resume_loader(&loader.options))?;
                 Ok(())
             })
         })

@@ -36,7 +36,7 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`Loader::resume`]; `Format` if the checkpoint holds something else there.
-    pub fn resume(&self, options: &DataOptions) -> Result<Loader> {
+    pub fn resume_loader(&self, options: &DataOptions) -> Result<Loader> {
         let Some(position) = self.data_position() else { return Loader::new(options) };
         let position = serde_json::from_value(position.clone())
             .map_err(|error| Error::format("a checkpoint: data", "the position of a data loader", error))?;
