@@ -13,7 +13,6 @@ pub mod conv2d;
 pub mod conv_transpose2d;
 pub mod cross_entropy;
 pub mod depthwise_conv;
-pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod feature_distance;

@@ -176,8 +176,7 @@ pub(super) fn copy_folder(from: &Path, to: &Path, replaced: &HashSet<&Path>) -> 
         if path.is_dir() {
             copy_folder(&path, &target, replaced)?;
         } else if !(is_weights(&name) && replaced.contains(from)) {
-            fs::copy(&path, &target).map_err(|source| Error::io(&path, source))?;
-            make_writable(&target)?;
+            copy_file(&path, &target)?;
         }
     }
     Ok(())
@@ -188,11 +187,11 @@ pub(super) fn is_weights(name: &str) -> bool {
     name.ends_with(".safetensors") || name.contains(".safetensors.index")
 }
 
-/// A copy of a read-only file is the caller's to change.
-fn make_writable(path: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let failed = |source| Error::io(path, source);
-    let mut permissions = fs::metadata(path).map_err(failed)?.permissions();
-    permissions.set_mode(permissions.mode() | 0o200);
-    fs::set_permissions(path, permissions).map_err(failed)
+/// The content alone: a copy of a read-only file is the caller's to change. Reading and writing fail under names of
+/// their own.
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let mut source = fs::File::open(from).map_err(|source| Error::io(from, source))?;
+    let mut target = fs::File::create(to).map_err(|source| Error::io(to, source))?;
+    std::io::copy(&mut source, &mut target).map_err(|source| Error::io(to, source))?;
+    Ok(())
 }
