@@ -130,6 +130,19 @@ fn an_exported_model_draws() {
     }
 }
 
+#[test]
+fn a_few_steps_are_exported_before_the_average_has_followed_any() {
+    let path = folder("export-early");
+    let mut options = options(Goal::StageC);
+    options.set_ema(Ema { decay: 0.9, start: 5_000, every: 100 }).unwrap();
+    let mut trainer = Trainer::new(&model(), &options).unwrap();
+    let samples = samples(&trainer);
+    steps(&mut trainer, &samples, 4);
+    trainer.export(&path).unwrap();
+    assert_same_pictures(&path, false, "four steps were taken");
+    std::fs::remove_dir_all(path).unwrap();
+}
+
 fn assert_same_pictures(folder: &std::path::Path, same: bool, why: &str) {
     let draw = |model: &Model| {
         let mut options = GenerateOptions::new(model).unwrap();

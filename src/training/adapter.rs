@@ -53,7 +53,7 @@ impl Trainer {
     /// What the averaged adapters add to a part.
     pub(super) fn updates(&self, part: &TrainedPart) -> Result<Vec<Update>> {
         let value = |place: usize| {
-            let average = self.average.of.get(&place);
+            let average = self.best(place);
             average.unwrap_or(self.parameters.list()[place].master()).clone()
         };
         let of_part = self.parameters.adapters().filter_map(|(name, adapter, [down, up])| {

@@ -26,9 +26,9 @@ pub(super) struct TrainedPart<'a> {
 }
 
 impl Trainer {
-    /// Writes the model with the averaged weights of what was trained to `folder`, which is replaced as a whole:
-    /// everything else is copied from the model that training began with. Adapters are added to the weights that they
-    /// adapt.
+    /// Writes the model with the averaged weights of what was trained (before the average has followed a step, the
+    /// weights themselves) to `folder`, which is replaced as a whole: everything else is copied from the model that
+    /// training began with. Adapters are added to the weights that they adapt.
     ///
     /// # Errors
     /// `InvalidArgument` for a folder inside that model's; `Io`.
@@ -51,7 +51,7 @@ impl Trainer {
         let list = self.parameters.list().iter().enumerate().filter(|(_, p)| p.role != Role::Frozen);
         list.filter_map(|(place, parameter)| Some((place, parameter, below(&parameter.name)?)))
             .map(|(place, parameter, name)| {
-                let values = self.average.of.get(&place).unwrap_or(parameter.master());
+                let values = self.best(place).unwrap_or(parameter.master());
                 Ok((name, self.rounded(values)?))
             })
             .collect()
@@ -72,7 +72,7 @@ impl Trainer {
             else {
                 continue;
             };
-            let values = self.average.of.get(&place).unwrap_or(parameter.master());
+            let values = self.best(place).unwrap_or(parameter.master());
             let key = part.keys.key(name);
             match key.part {
                 None => drop(tensors.insert(key.name, self.rounded(values)?)),
@@ -83,6 +83,12 @@ impl Trainer {
             tensors.insert(name, self.rounded(&joined(parts.values())?)?);
         }
         Ok(tensors)
+    }
+
+    /// The averaged numbers of a trained parameter; before the average has followed a step, the numbers themselves.
+    pub(super) fn best(&self, place: usize) -> Option<&Tensor> {
+        let followed = self.progress.step >= self.options.ema.every;
+        self.average.of.get(&place).filter(|_| followed)
     }
 
     fn rounded(&self, tensor: &Tensor) -> Result<Tensor> {
