@@ -84,7 +84,8 @@ all_go_tests() {
         return
     fi
     say "Go vet"
-    if run go-vet.log env -C bindings/go go vet ./... && run go-vet-example.log env -C examples/go/generate go vet ./...; then
+    if run go-vet.log env -C bindings/go go vet ./... && run go-vet-example.log env -C examples/go/generate go vet ./... &&
+        run go-vet-train.log env -C examples/go/finetune go vet ./...; then
         add 1 0 0
     else
         fail "go vet"
