@@ -1536,8 +1536,9 @@ wst_status wst_trainer_load(wst_trainer *trainer,
                             wst_error **error);
 
 /**
- * Writes the model with the averaged weights of what was trained, as a folder that wst_model_open takes; everything
- * else is copied from the model that training began with. The folder is replaced as a whole.
+ * Writes the model with the averaged weights of what was trained, as a folder that wst_model_open takes; before the
+ * average has followed a step, with the weights themselves. Everything else is copied from the model that training
+ * began with. The folder is replaced as a whole.
  *
  * Owner: nothing changes hands.
  * Threads: any, several at once, but not during a step.
