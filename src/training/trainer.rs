@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::nn::RunningUpdate;
 use crate::pipeline::{LogLevel, Model};
+use crate::tensor::Tensor;
 use crate::tensor::autograd::Gradients;
 
 /// What lists of a step (names, nodes of the tape) take in memory beside its tensors, at worst.
@@ -146,7 +147,7 @@ impl Trainer {
     /// frozen networks, resized pixels. Keeping the samples saves that work in every later step.
     ///
     /// # Errors
-    /// `InvalidArgument` for no pictures, pictures of different sizes, as many captions as there are not pictures, or
+    /// `InvalidArgument` for no pictures, pictures of different sizes, another number of captions than of pictures, or
     /// a size that the stage cannot take; `OutOfMemory`; `Cancelled`.
     pub fn prepare(&self, images: &[&Image], captions: &[&str]) -> Result<Vec<Sample>> {
         if images.is_empty() {
@@ -224,8 +225,42 @@ impl Trainer {
             self.reload()?;
         }
         let cx = self.context();
-        let (ranks, rank) = self.reduce.as_ref().map_or((1, 0), |reduce| (reduce.ranks(), reduce.rank()));
-        let whole = samples.len() * ranks;
+        let (ranks, _) = self.ranks();
+        let Learnt { gradients, mut totals, seen } = self.learn(&cx, samples)?;
+        let commit =
+            Commit { options: &self.options, step: self.progress.step, reduce: self.reduce.as_ref() };
+        self.task.sum_up(&cx, &commit)?;
+        if let Some(reduce) = &self.reduce {
+            reduce.sum_f64(&mut totals)?;
+        }
+        self.expect_equal_parts(samples.len(), totals)?;
+        self.parameters.expect_gradients(&gradients)?;
+        let norm = gradient_norm(&cx, &self.parameters, &gradients)?;
+        let [loss, accuracy, ..] = totals;
+        let metrics = TrainMetrics {
+            step: self.progress.step + 1,
+            skipped: !loss.is_finite() || !norm.is_finite(),
+            loss: loss as f32,
+            grad_norm: norm as f32,
+            learning_rate: self.options.optimizer.rate(self.moments.steps),
+            accuracy: accuracy as f32,
+        };
+        if metrics.skipped {
+            self.progress.skipped += 1;
+            let (step, norm) = (metrics.step, metrics.grad_norm);
+            self.model
+                .say(LogLevel::Warning, || format!("step {step} skipped: loss {loss}, gradient norm {norm}"));
+        } else {
+            self.update(&gradients, norm, &seen)?;
+        }
+        self.progress.step += 1;
+        self.progress.samples += (samples.len() * ranks) as u64;
+        Ok(metrics)
+    }
+
+    /// Forward and backward over a batch, part by part; gradients are those of all ranks, `totals` this one's.
+    fn learn(&mut self, cx: &Context, samples: &[&Sample]) -> Result<Learnt> {
+        let (ranks, rank) = self.ranks();
         let first = self.progress.samples + (rank * samples.len()) as u64;
         let mut gradients = Gradients::default();
         let mut reduction = Reduction::new(self.reduce.as_ref())?;
@@ -235,12 +270,12 @@ impl Trainer {
         let parts = even_parts(samples.len(), self.options.accumulation as usize);
         for (i, range) in parts.iter().enumerate() {
             let last = i + 1 == parts.len();
-            let share = range.len() as f64 / whole as f64;
-            let mut complete = |leaf: usize, gradient: &crate::tensor::Tensor| {
+            let share = range.len() as f64 / (samples.len() * ranks) as f64;
+            let mut complete = |leaf: usize, gradient: &Tensor| {
                 if last { reduction.send(leaf, gradient) } else { Ok(()) }
             };
             let mut pass = Pass {
-                cx: &cx,
+                cx,
                 model: &self.model,
                 options: &self.options,
                 samples: &samples[range.clone()],
@@ -267,40 +302,25 @@ impl Trainer {
             seen.extend(measured.seen);
         }
         reduction.finish(&mut gradients)?;
-        let commit =
-            Commit { options: &self.options, step: self.progress.step, reduce: self.reduce.as_ref() };
-        self.task.sum_up(&cx, &commit)?;
-        if let Some(reduce) = &self.reduce {
-            reduce.sum_f64(&mut totals)?;
+        Ok(Learnt { gradients, totals, seen })
+    }
+
+    /// How many processes train together, and which of them this is.
+    fn ranks(&self) -> (usize, usize) {
+        self.reduce.as_ref().map_or((1, 0), |reduce| (reduce.ranks(), reduce.rank()))
+    }
+
+    /// # Errors
+    /// `InvalidArgument` if ranks were given parts of different sizes. Every rank sees the same sums, so all refuse or
+    /// none.
+    fn expect_equal_parts(&self, size: usize, [_, _, sizes, squares]: [f64; 4]) -> Result<()> {
+        let (ranks, rank) = self.ranks();
+        // The square of a sum is the number of its terms times the sum of their squares only if all are equal.
+        if sizes * sizes == squares * ranks as f64 {
+            return Ok(());
         }
-        self.parameters.expect_gradients(&gradients)?;
-        let norm = gradient_norm(&cx, &self.parameters, &gradients)?;
-        let [loss, accuracy, sizes, squares] = totals;
-        // The square of a sum is the number of its terms times the sum of their squares only if all are equal. Every
-        // rank sees the same sums, so all refuse or none.
-        if sizes * sizes != squares * ranks as f64 {
-            let found = format!("{size} on rank {rank}, {sizes} in all");
-            return Err(Error::argument("samples", "as many on every rank", found));
-        }
-        let metrics = TrainMetrics {
-            step: self.progress.step + 1,
-            skipped: !loss.is_finite() || !norm.is_finite(),
-            loss: loss as f32,
-            grad_norm: norm as f32,
-            learning_rate: self.options.optimizer.rate(self.moments.steps),
-            accuracy: accuracy as f32,
-        };
-        if metrics.skipped {
-            self.progress.skipped += 1;
-            let (step, norm) = (metrics.step, metrics.grad_norm);
-            self.model
-                .say(LogLevel::Warning, || format!("step {step} skipped: loss {loss}, gradient norm {norm}"));
-        } else {
-            self.update(&gradients, norm, &seen)?;
-        }
-        self.progress.step += 1;
-        self.progress.samples += whole as u64;
-        Ok(metrics)
+        let found = format!("{size} on rank {rank}, {sizes} in all");
+        Err(Error::argument("samples", "as many on every rank", found))
     }
 
     /// Changes the weights, which a cancel must not leave half done.
@@ -338,6 +358,14 @@ impl Trainer {
             None => cx,
         }
     }
+}
+
+/// What a batch showed.
+struct Learnt {
+    gradients: Gradients,
+    /// Loss and accuracy, each this rank's share; its samples, and their square.
+    totals: [f64; 4],
+    seen: Vec<RunningUpdate>,
 }
 
 /// `count` samples in `parts` runs that differ by one at most.
