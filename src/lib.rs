@@ -1,4 +1,4 @@
-//! Draws pictures from text with the Würstchen family of models ([arXiv:2306.00637]), on the CPU.
+//! Draws pictures from text with the Würstchen family of models ([arXiv:2306.00637]), and trains them, on the CPU.
 //!
 //! Three stages make a picture. The expensive one, which follows the text, works on a very small grid:
 //!
@@ -43,6 +43,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`capi`] | the C ABI, `include/wuerstchen.h` |
+//! | [`training`] | [`training::Trainer`]: steps, optimiser, checkpoints, adapters, data |
 //! | [`pipeline`] | [`Model`], [`GenerateOptions`], [`Job`]; each stage alone |
 //! | [`stages`] | the paper's networks |
 //! | [`diffusion`] | schedule, samplers, guidance, token resampling |
@@ -51,7 +52,7 @@
 //! | [`image`] | [`Image`], its files, resizing |
 //! | [`nn`] | layers: weights and ops |
 //! | [`ops`] | the operations, a folder each |
-//! | [`tensor`] | [`Tensor`], and the random numbers |
+//! | [`tensor`] | [`Tensor`], the tape of gradients, the random numbers |
 //! | [`device`] | memory, threads, matrix products; [`Context`] |
 //!
 //! # Features

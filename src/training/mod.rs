@@ -5,10 +5,10 @@
 //!
 //! | stage | learns | from |
 //! |---|---|---|
-//! | A | pictures after its quantiser ([`objectives::stage_a`]) | pictures |
-//! | C | the noise in latents ([`objectives::stage_c`]) | latents of the frozen image encoder, texts |
 //! | (pair) | which text belongs to which picture ([`objectives::contrast`]) | pictures, texts |
+//! | A | pictures after its quantiser ([`objectives::stage_a`]) | pictures |
 //! | B | tokens from noised tokens ([`objectives::stage_b`]) | tokens of the frozen Stage A, latents, texts |
+//! | C | the noise in latents ([`objectives::stage_c`]) | latents of the frozen image encoder, texts |
 
 mod adapter;
 mod average;
