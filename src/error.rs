@@ -114,6 +114,11 @@ impl Error {
         Error::OutOfMemory { what: what.into(), bytes }
     }
 
+    /// A device that failed.
+    pub fn device(device: impl Into<String>, reason: impl Into<String>) -> Self {
+        Error::Device { device: device.into(), reason: reason.into() }
+    }
+
     /// A broken invariant.
     pub fn internal(place: impl Into<String>, reason: impl Into<String>) -> Self {
         Error::Internal { place: place.into(), reason: reason.into() }

@@ -34,7 +34,7 @@ fn a_model_of_the_prior_alone() {
         let t = Tensor::from_slice(&[1], &[0.5f32]).unwrap();
         let noise = model.stage_c_predict(&some_latents(1), &t, &text).unwrap();
         let latents = model.stage_c_sample(&text, None, None, &bare(model)).unwrap();
-        [noise.bytes().to_vec(), latents.bytes().to_vec()]
+        [noise.bytes().unwrap().to_vec(), latents.bytes().unwrap().to_vec()]
     });
     assert_eq!(latents, expected);
 

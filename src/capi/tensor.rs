@@ -162,7 +162,11 @@ pub unsafe extern "C" fn wst_tensor_shape(tensor: *const wst_tensor) -> *const i
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_tensor_data(tensor: *const wst_tensor) -> *const c_void {
     // SAFETY: NULL or a live tensor, as the header asks.
-    unsafe { get(tensor, std::ptr::null(), |tensor| tensor.tensor.bytes().as_ptr().cast()) }
+    unsafe {
+        get(tensor, std::ptr::null(), |tensor| {
+            tensor.tensor.bytes().map_or(std::ptr::null(), |bytes| bytes.as_ptr().cast())
+        })
+    }
 }
 
 /// The size of the elements in bytes; 0 for NULL.
@@ -173,7 +177,7 @@ pub unsafe extern "C" fn wst_tensor_data(tensor: *const wst_tensor) -> *const c_
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_tensor_nbytes(tensor: *const wst_tensor) -> usize {
     // SAFETY: NULL or a live tensor, as the header asks.
-    unsafe { get(tensor, 0, |tensor| tensor.tensor.bytes().len()) }
+    unsafe { get(tensor, 0, |tensor| tensor.tensor.elements() * tensor.tensor.dtype().size()) }
 }
 
 /// Frees a tensor. NULL is a no-op.

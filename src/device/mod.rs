@@ -1,6 +1,7 @@
 //! Memory, threads and matrix products of one compute device. Knows no op and no network.
 
 mod cancel;
+pub mod cuda;
 pub mod gemm;
 mod memory;
 #[cfg(feature = "mpi")]
@@ -12,17 +13,18 @@ pub mod simd;
 pub mod threads;
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub use cancel::CancelToken;
 pub use memory::{ALIGNMENT, Buffer, Pool};
 pub use reduce::Reduce;
 
 use crate::error::{Error, Result};
+use cuda::{Accelerator, Stream};
 use scratch::SharedMut;
 use threads::ThreadPool;
 
-/// A compute device: threads and reusable memory. Clones share both.
+/// A compute device: threads and reusable memory, and the GPU that does the work if there is one. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Device {
     inner: Arc<Inner>,
@@ -32,6 +34,7 @@ pub struct Device {
 struct Inner {
     threads: ThreadPool,
     pool: Arc<Pool>,
+    accelerator: Option<Accelerator>,
 }
 
 impl Device {
@@ -40,11 +43,24 @@ impl Device {
     /// # Errors
     /// `OutOfMemory` if the threads cannot be started.
     pub fn cpu(threads: usize) -> Result<Self> {
+        Self::new(threads, None)
+    }
+
+    /// A GPU, with `threads` threads of the CPU for what is left to that.
+    ///
+    /// # Errors
+    /// As [`Device::cpu`].
+    pub fn cuda(accelerator: Accelerator, threads: usize) -> Result<Self> {
+        Self::new(threads, Some(accelerator))
+    }
+
+    fn new(threads: usize, accelerator: Option<Accelerator>) -> Result<Self> {
         let threads = match threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
         };
-        let inner = Inner { threads: ThreadPool::new(threads)?, pool: Arc::new(Pool::default()) };
+        let inner =
+            Inner { threads: ThreadPool::new(threads)?, pool: Arc::new(Pool::default()), accelerator };
         Ok(Device { inner: Arc::new(inner) })
     }
 
@@ -62,8 +78,13 @@ impl Device {
     }
 
     /// The pool itself, to trim or to ask how much lies idle.
-    pub fn pool(&self) -> &Pool {
+    pub fn pool(&self) -> &Arc<Pool> {
         &self.inner.pool
+    }
+
+    /// The GPU, if this is one.
+    pub fn accelerator(&self) -> Option<&Accelerator> {
+        self.inner.accelerator.as_ref()
     }
 }
 
@@ -74,6 +95,36 @@ pub struct Context {
     device: Device,
     cancels: Vec<CancelToken>,
     attachment: Option<Attachment>,
+    lane: Arc<Lane>,
+}
+
+/// The stream of a context and its clones, taken when the first op asks for it.
+#[derive(Debug)]
+struct Lane {
+    device: Device,
+    stream: OnceLock<Arc<Stream>>,
+    taking: Mutex<()>,
+}
+
+impl Lane {
+    fn stream(&self, accelerator: &Accelerator) -> Result<&Arc<Stream>> {
+        let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.stream.get() {
+            Some(stream) => Ok(stream),
+            None => {
+                let stream = accelerator.lend()?;
+                Ok(self.stream.get_or_init(|| stream))
+            }
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        if let (Some(accelerator), Some(stream)) = (self.device.accelerator(), self.stream.take()) {
+            accelerator.give_back(stream);
+        }
+    }
 }
 
 /// Something that a layer above hands down to those between: `tensor::autograd` attaches its tape. The device does
@@ -90,7 +141,8 @@ impl std::fmt::Debug for Attachment {
 impl Context {
     /// A context that nothing cancels.
     pub fn new(device: &Device) -> Self {
-        Context { device: device.clone(), cancels: Vec::new(), attachment: None }
+        let lane = Lane { device: device.clone(), stream: OnceLock::new(), taking: Mutex::new(()) };
+        Context { device: device.clone(), cancels: Vec::new(), attachment: None, lane: Arc::new(lane) }
     }
 
     /// The same context with `attachment` in the place of what was attached.
@@ -114,6 +166,14 @@ impl Context {
     /// The device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The stream that work goes to, if the device is a GPU.
+    ///
+    /// # Errors
+    /// `Device`; `Busy` if the host gave a stream, which another call uses.
+    pub fn cuda(&self) -> Result<Option<&Arc<Stream>>> {
+        self.device.accelerator().map(|accelerator| self.lane.stream(accelerator)).transpose()
     }
 
     /// # Errors

@@ -1,6 +1,6 @@
 //! What the tests of the ops share.
 
-use crate::device::simd::Level;
+use crate::device::cuda::{Accelerator, Gpu, Precision};
 use crate::device::{Context, Device};
 use crate::error::Result;
 use crate::ops::activation::Activation;
@@ -12,6 +12,61 @@ use crate::tensor::{DType, Tensor};
 /// A context on one thread.
 pub fn cx() -> Context {
     Context::new(&Device::cpu(1).unwrap())
+}
+
+/// A context on a GPU that computes in `precision`: an emulated one, unless the environment asks for the real one
+/// (`WST_TEST_CUDA=real`). None where neither is to be had: no C++ compiler, or `WST_TEST_CUDA=none`.
+pub fn cuda(precision: Precision) -> Option<Context> {
+    match std::env::var("WST_TEST_CUDA").as_deref() {
+        Ok("none") => return None,
+        Ok("real") => {}
+        _ => {
+            if let Err(reason) = cuda_emulation::load() {
+                eprintln!("without a GPU: {reason}");
+                return None;
+            }
+        }
+    }
+    let accelerator = Accelerator::new(Gpu::open(0).unwrap(), precision);
+    Some(Context::new(&Device::cuda(accelerator, 1).unwrap()))
+}
+
+/// The same elements in memory of a context's device.
+pub fn moved(cx: &Context, x: &Tensor) -> Tensor {
+    let copy = Tensor::from_parts(cx, "a copy", x.dims(), &[x]).unwrap();
+    match (x.tracked(), copy) {
+        (None, copy) => copy,
+        (Some(_), copy) => copy.tracked_as(x),
+    }
+}
+
+/// Panics unless `op` gives about the same on a GPU, where it must launch kernels, and read nothing back: `inputs` are
+/// there before. In half precision the inputs are rounded, and the result may differ by `tolerance` of the largest.
+pub fn on_device(
+    inputs: &[&Tensor],
+    tolerances: &[(Precision, f64)],
+    op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>,
+) {
+    let here: Vec<Tensor> = inputs.iter().map(|&x| x.clone()).collect();
+    let expected = op(&cx(), &here).unwrap();
+    for &(precision, tolerance) in tolerances {
+        let Some(cx) = cuda(precision) else { return };
+        let dtype = DType::of_activations(&cx);
+        let there = inputs.iter().map(|x| match x.dtype() {
+            DType::F32 => moved(&cx, &cast(x, dtype)),
+            _ => moved(&cx, x),
+        });
+        let there: Vec<Tensor> = there.collect();
+        let stream = cx.cuda().unwrap().unwrap().clone();
+        let before = (stream.launches(), stream.downloads());
+        let found = op(&cx, &there).unwrap();
+        assert!(stream.launches() > before.0, "no kernel was launched");
+        assert_eq!(stream.downloads(), before.1, "the host read from the device");
+        match expected.dtype() {
+            DType::F32 => close(&found, expected.dims(), &wide(&expected), tolerance),
+            _ => similar(&found, &expected, "a GPU"),
+        }
+    }
 }
 
 /// Normal numbers.
@@ -48,13 +103,13 @@ pub fn wide(x: &Tensor) -> Vec<f64> {
 pub fn close(actual: &Tensor, dims: &[usize], expected: &[f64], tolerance: f64) {
     assert_eq!(actual.dims(), dims);
     let scale = expected.iter().fold(1f64, |m, v| m.max(v.abs()));
-    for (i, (&a, &e)) in actual.slice::<f32>().unwrap().iter().zip(expected).enumerate() {
-        assert!((f64::from(a) - e).abs() <= tolerance * scale, "element {i}: {a}, expected {e}");
+    for (i, (a, &e)) in wide(actual).into_iter().zip(expected).enumerate() {
+        assert!((a - e).abs() <= tolerance * scale, "element {i}: {a}, expected {e}");
     }
 }
 
-/// Panics unless two results are close, as those of different instruction sets are.
-fn similar(a: &Tensor, b: &Tensor, level: Level) {
+/// Panics unless two results are close, as those of different instruction sets and devices are.
+fn similar(a: &Tensor, b: &Tensor, level: impl std::fmt::Debug) {
     assert_eq!(a.dims(), b.dims());
     if let (Ok(a), Ok(b)) = (a.slice::<f32>(), b.slice::<f32>()) {
         let scale = a.iter().fold(1f32, |m, v| m.max(v.abs()));
@@ -75,9 +130,12 @@ pub fn on_threads(op: impl Fn(&Context) -> Result<Tensor>) -> Tensor {
     let first = results.remove(0);
     for other in results {
         assert_eq!(first.dims(), other.dims());
-        assert!(first.bytes() == other.bytes(), "the bits depend on the thread count");
+        assert!(first.bytes().unwrap() == other.bytes().unwrap(), "the bits depend on the thread count");
     }
     kernels::at_poorer_levels(|level| similar(&first, &op(&cx()).unwrap(), level));
+    if let Some(cx) = cuda(Precision::F32) {
+        similar(&first, &op(&cx).unwrap(), "a GPU");
+    }
     first
 }
 
@@ -87,7 +145,10 @@ pub fn on_batch(x: &Tensor, op: impl Fn(&Context, &Tensor, usize, usize) -> Resu
     let whole = on_threads(|cx| op(cx, x, 0, samples));
     for n in 0..samples {
         let alone = op(&cx(), &x.narrow(n, 1).unwrap(), n, 1).unwrap();
-        assert!(alone.bytes() == whole.narrow(n, 1).unwrap().bytes(), "the bits depend on the batch");
+        assert!(
+            alone.bytes().unwrap() == whole.narrow(n, 1).unwrap().bytes().unwrap(),
+            "the bits depend on the batch"
+        );
     }
     whole
 }
@@ -126,15 +187,9 @@ pub fn gradients(
     op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>,
     definition: impl Fn(&[Vec<f64>]) -> Vec<f64>,
 ) {
-    let cx = cx();
-    let tape = Tape::new();
-    let leaves: Vec<Tensor> = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(x, i)).collect();
-    let out = op(&tape.attach(&cx), &leaves).unwrap();
-    let of_out = random(out.dims(), 4711);
-    let seed = wide(&of_out);
-    let mut found = autograd::Gradients::default();
-    tape.backward(&cx, &[(&out, of_out)], &mut found).unwrap();
-
+    let found = backward(&cx(), inputs, &op);
+    let on_gpu = cuda(Precision::F32).map(|cx| backward(&cx, inputs, &op));
+    let seed = wide(&random(op(&cx(), inputs).unwrap().dims(), 4711));
     let mut values: Vec<Vec<f64>> = inputs.iter().map(wide).collect();
     for i in 0..inputs.len() {
         let expected: Vec<f64> = (0..values[i].len())
@@ -151,12 +206,30 @@ pub fn gradients(
                 difference / (2.0 * STEP)
             })
             .collect();
-        let gradient = found.get(i).unwrap_or_else(|| panic!("no gradient reached input {i}"));
         let scale = expected.iter().fold(1e-3f64, |m, v| m.max(v.abs()));
-        for (j, (got, want)) in wide(gradient).iter().zip(&expected).enumerate() {
-            assert!((got - want).abs() <= 1e-4 * scale, "input {i}, element {j}: {got} instead of {want}");
+        for (device, found) in [("CPU", Some(&found)), ("GPU", on_gpu.as_ref())] {
+            let Some(found) = found else { continue };
+            let gradient = found.get(i).unwrap_or_else(|| panic!("{device}: no gradient reached input {i}"));
+            for (j, (got, want)) in wide(gradient).iter().zip(&expected).enumerate() {
+                let close = (got - want).abs() <= 1e-4 * scale;
+                assert!(close, "{device}: input {i}, element {j}: {got} instead of {want}");
+            }
         }
     }
+}
+
+/// What the tape finds for every input of `op`, under a random gradient of the result.
+fn backward(
+    cx: &Context,
+    inputs: &[Tensor],
+    op: &impl Fn(&Context, &[Tensor]) -> Result<Tensor>,
+) -> autograd::Gradients {
+    let tape = Tape::new();
+    let leaves: Vec<Tensor> = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(x, i)).collect();
+    let out = op(&tape.attach(cx), &leaves).unwrap();
+    let mut found = autograd::Gradients::default();
+    tape.backward(cx, &[(&out, random(out.dims(), 4711))], &mut found).unwrap();
+    found
 }
 
 /// Panics unless 1, 2 and 5 threads find the same bits for the gradients of `op` for every input.
@@ -168,7 +241,7 @@ pub fn gradients_on_threads(inputs: &[Tensor], op: impl Fn(&Context, &[Tensor]) 
         let out = op(&tape.attach(&cx), &leaves).unwrap();
         let mut found = autograd::Gradients::default();
         tape.backward(&cx, &[(&out, random(out.dims(), 4711))], &mut found).unwrap();
-        (0..inputs.len()).map(|i| found.take(i).unwrap().bytes().to_vec()).collect::<Vec<_>>()
+        (0..inputs.len()).map(|i| found.take(i).unwrap().bytes().unwrap().to_vec()).collect::<Vec<_>>()
     });
     assert!(results.iter().all(|other| *other == results[0]), "the bits depend on the thread count");
 }

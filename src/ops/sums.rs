@@ -1,9 +1,14 @@
 //! Sums over rows: the gradients of what all rows share. The order of a sum follows from its size alone.
 
+use std::sync::Arc;
+
 use crate::device::Context;
+use crate::device::cuda::{Launch, Stream, kernels as cuda_kernels};
 use crate::error::Result;
 use crate::ops::kernels::{self, per_cpu};
 use crate::tensor::{DType, Tensor};
+
+cuda_kernels!(KERNELS, "sums");
 
 /// The fewest rows that are summed in one go.
 const LEAST_ROWS: usize = 32;
@@ -18,6 +23,63 @@ const COLUMNS: usize = 256;
 pub(crate) fn rows_per_part(rows: usize) -> usize {
     rows.div_ceil(MOST_PARTS).max(LEAST_ROWS)
 }
+
+/// How a GPU cuts rows into parts: enough blocks to fill it, few enough that adding them up is little work.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Parts {
+    /// How many.
+    pub count: usize,
+    /// Rows of each; the last may have fewer.
+    pub rows: usize,
+}
+
+/// The parts of `rows` rows.
+pub(crate) fn parts(rows: usize) -> Parts {
+    let of_each = rows_per_part(rows);
+    Parts { count: rows.div_ceil(of_each), rows: of_each }
+}
+
+/// The sum of the rows of `x`, a float tensor of any type, on a GPU: `F32 [C]`.
+pub(crate) fn columns_on(
+    cx: &Context,
+    stream: &Arc<Stream>,
+    what: &'static str,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let (mut x, mut rows, width) = (x.clone(), x.shape().rows(), x.shape().channels());
+    loop {
+        let parts = parts(rows);
+        let mut sums = Tensor::zeros(cx, what, &[parts.count.max(1), width], DType::F32)?;
+        if rows > 0 && width > 0 {
+            let (from, to) = (x.on(cx, stream)?, sums.on_mut(stream)?);
+            let launch = Launch {
+                grid: [width.div_ceil(CUDA_COLUMNS) as u32, parts.count as u32, 1],
+                block: [CUDA_COLUMNS as u32, CUDA_LINES, 1],
+                shared_bytes: 0,
+            };
+            let (count, of_each) = (rows as i64, parts.rows as i32);
+            let precision = x.precision(what)?;
+            // SAFETY: as the kernel declares; x has so many rows of `width` numbers, the sums one for each part.
+            unsafe {
+                stream.launch(
+                    &KERNELS,
+                    "sum_columns",
+                    Some(precision),
+                    launch,
+                    &[&from.address(), &to, &count, &(width as i32), &of_each],
+                )?;
+            }
+        }
+        if parts.count <= 1 {
+            return sums.reshape(&[width]);
+        }
+        (x, rows) = (sums, parts.count);
+    }
+}
+
+/// As `sums.cu` has them.
+const CUDA_COLUMNS: usize = 32;
+const CUDA_LINES: u32 = 8;
 
 /// The sum over rows of `width` numbers, `[width]`.
 pub(crate) fn columns(cx: &Context, what: &'static str, rows: &[f32], width: usize) -> Result<Tensor> {
@@ -35,6 +97,9 @@ pub(crate) fn columns(cx: &Context, what: &'static str, rows: &[f32], width: usi
 /// The sum of `parts` `[P, W]` over P, `[W]`.
 pub(crate) fn add_parts(cx: &Context, what: &'static str, parts: &Tensor) -> Result<Tensor> {
     let [_, width] = parts.dims_of(what)?;
+    if let Some(stream) = cx.cuda()? {
+        return columns_on(cx, stream, what, parts);
+    }
     let values = parts.slice::<f32>()?;
     let mut out = Tensor::new(cx, what, &[width], DType::F32)?;
     kernels::parallel_chunks(cx, out.slice_mut()?, COLUMNS, |i, sums| {

@@ -1,9 +1,11 @@
 //! What a tensor is: shape, element type, storage. Always contiguous, channels last. Names no op.
 
 pub mod autograd;
+mod cuda;
 mod dtype;
 pub mod rng;
 mod shape;
+mod storage;
 
 use std::sync::Arc;
 
@@ -12,6 +14,7 @@ pub use shape::{MAX_RANK, Shape};
 
 use crate::device::{Buffer, Context};
 use crate::error::{Error, Result};
+use storage::Storage;
 
 /// A contiguous block of numbers. Clones and views share storage.
 ///
@@ -28,14 +31,6 @@ pub struct Tensor {
     tracked: Option<autograd::Tracked>,
 }
 
-/// Where the bytes lie.
-#[derive(Clone, Debug)]
-enum Storage {
-    Host(Arc<Buffer>),
-    /// A mapped weight file: read-only, paged in on first use.
-    Mapped(Arc<memmap2::Mmap>),
-}
-
 impl Tensor {
     /// A tensor over pooled memory, to be filled by [`Tensor::slice_mut`]. Content is arbitrary.
     ///
@@ -43,8 +38,8 @@ impl Tensor {
     /// `OutOfMemory`, naming `what`; `InvalidArgument` if the shape is absurd.
     pub fn new(cx: &Context, what: &'static str, dims: &[usize], dtype: DType) -> Result<Self> {
         let shape = Shape::new(dims)?;
-        let buffer = cx.device().take(what, shape.elements() * dtype.size())?;
-        Ok(Tensor { shape, dtype, storage: Storage::Host(Arc::new(buffer)), offset: 0, tracked: None })
+        let storage = Storage::new(cx, what, shape.elements() * dtype.size())?;
+        Ok(Tensor { shape, dtype, storage, offset: 0, tracked: None })
     }
 
     /// A pooled tensor of zeros.
@@ -53,7 +48,13 @@ impl Tensor {
     /// As [`Tensor::new`].
     pub fn zeros(cx: &Context, what: &'static str, dims: &[usize], dtype: DType) -> Result<Self> {
         let mut tensor = Self::new(cx, what, dims, dtype)?;
-        tensor.bytes_mut()?.fill(0);
+        match &mut tensor.storage {
+            Storage::Mirrored(mirrored) => match Arc::get_mut(mirrored) {
+                Some(mirrored) => mirrored.clear()?,
+                None => return Err(Error::internal("a tensor", "new and shared")),
+            },
+            _ => tensor.bytes_mut()?.fill(0),
+        }
         Ok(tensor)
     }
 
@@ -86,15 +87,25 @@ impl Tensor {
     pub fn from_parts(cx: &Context, what: &'static str, dims: &[usize], parts: &[&Tensor]) -> Result<Self> {
         let dtype = parts.first().map_or(DType::F32, |part| part.dtype);
         let mut joined = Self::new(cx, what, dims, dtype)?;
-        let bytes: usize = parts.iter().map(|part| part.bytes().len()).sum();
-        let out = joined.bytes_mut()?;
-        if bytes != out.len() || parts.iter().any(|part| part.dtype != dtype) {
-            return Err(Error::argument(what, format!("{} bytes of {dtype}", out.len()), bytes));
+        let bytes: usize = parts.iter().map(|part| part.elements() * part.dtype.size()).sum();
+        let whole = joined.elements() * dtype.size();
+        if bytes != whole || parts.iter().any(|part| part.dtype != dtype) {
+            return Err(Error::argument(what, format!("{whole} bytes of {dtype}"), bytes));
         }
-        let mut rest = out;
+        if let Some(stream) = cx.cuda()? {
+            let mut to = joined.on_mut(stream)?;
+            for part in parts {
+                let (from, bytes) = (part.on(cx, stream)?, part.elements() * dtype.size());
+                // SAFETY: the part has this many bytes, and the whole room for all parts, as was checked.
+                unsafe { stream.copy(from.address(), to, bytes)? };
+                to += bytes as u64;
+            }
+            return Ok(joined);
+        }
+        let mut rest = joined.bytes_mut()?;
         for part in parts {
-            let (head, tail) = rest.split_at_mut(part.bytes().len());
-            head.copy_from_slice(part.bytes());
+            let (head, tail) = rest.split_at_mut(part.bytes()?.len());
+            head.copy_from_slice(part.bytes()?);
             rest = tail;
         }
         Ok(joined)
@@ -105,8 +116,9 @@ impl Tensor {
     /// # Errors
     /// `OutOfMemory`.
     pub fn detached(&self) -> Result<Self> {
-        let mut buffer = Buffer::new("a tensor", self.bytes().len())?;
-        buffer.bytes_mut().copy_from_slice(self.bytes());
+        let bytes = self.bytes()?;
+        let mut buffer = Buffer::new("a tensor", bytes.len())?;
+        buffer.bytes_mut().copy_from_slice(bytes);
         Ok(Tensor { storage: Storage::Host(Arc::new(buffer)), offset: 0, tracked: None, ..*self })
     }
 
@@ -156,33 +168,31 @@ impl Tensor {
         self.shape.elements()
     }
 
-    /// The bytes, in the machine's order.
-    pub fn bytes(&self) -> &[u8] {
-        let all = match &self.storage {
-            Storage::Host(buffer) => buffer.bytes(),
-            Storage::Mapped(map) => map,
-        };
-        &all[self.offset..self.offset + self.elements() * self.dtype.size()]
+    /// The bytes, in the machine's order. Those of a GPU are read once the work so far is done.
+    ///
+    /// # Errors
+    /// `OutOfMemory` and `Device`, of tensors on a GPU alone.
+    pub fn bytes(&self) -> Result<&[u8]> {
+        Ok(&self.storage.bytes()?[self.offset..self.offset + self.elements() * self.dtype.size()])
     }
 
     fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         let len = self.elements() * self.dtype.size();
-        match &mut self.storage {
-            Storage::Host(buffer) => match Arc::get_mut(buffer) {
-                Some(buffer) => Ok(&mut buffer.bytes_mut()[self.offset..self.offset + len]),
-                None => Err(Error::internal("a tensor", "written while it is shared")),
-            },
-            Storage::Mapped(_) => Err(Error::internal("a tensor", "a mapped weight is read-only")),
-        }
+        Ok(&mut self.storage.bytes_mut()?[self.offset..self.offset + len])
+    }
+
+    /// Whether nobody else owns the storage: only then the elements may be written.
+    pub fn is_own(&mut self) -> bool {
+        self.storage.is_own()
     }
 
     /// The elements.
     ///
     /// # Errors
-    /// `InvalidArgument` if the tensor holds another type.
+    /// `InvalidArgument` if the tensor holds another type; those of [`Tensor::bytes`].
     pub fn slice<T: Element>(&self) -> Result<&[T]> {
         self.expect_dtype(T::DTYPE)?;
-        let bytes = self.bytes();
+        let bytes = self.bytes()?;
         // SAFETY: buffers are 64-byte aligned and views start at whole elements; `mapped` checked its
         // alignment. Every bit pattern is a value of an `Element`.
         Ok(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), self.shape.elements()) })

@@ -14,12 +14,13 @@ use crate::tensor::{DType, Tensor};
 /// Writes tensors under their names, in any order.
 ///
 /// # Errors
-/// `Io`; `InvalidArgument` for names that are not told apart.
+/// `Io`; `InvalidArgument` for names that are not told apart; those of bringing a tensor to the host.
 pub fn write_safetensors<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
 ) -> Result<()> {
-    let tensors = tensors.into_iter().map(|(name, tensor)| (name, Whole(tensor)));
+    let whole = |(name, tensor): (String, &'a Tensor)| Ok((name, Whole { tensor, bytes: tensor.bytes()? }));
+    let tensors = tensors.into_iter().map(whole).collect::<Result<Vec<_>>>()?;
     // The format's crate makes files for their owner alone; what the system gives to others is theirs too.
     let created = File::create(path).and_then(|file| file.metadata());
     let permissions = created.map_err(|source| Error::io(path, source))?.permissions();
@@ -52,11 +53,14 @@ pub fn stored_as(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 /// A tensor as the format's crate asks for it.
-struct Whole<'a>(&'a Tensor);
+struct Whole<'a> {
+    tensor: &'a Tensor,
+    bytes: &'a [u8],
+}
 
 impl View for Whole<'_> {
     fn dtype(&self) -> Dtype {
-        match self.0.dtype() {
+        match self.tensor.dtype() {
             DType::F32 => Dtype::F32,
             DType::F16 => Dtype::F16,
             DType::BF16 => Dtype::BF16,
@@ -66,14 +70,14 @@ impl View for Whole<'_> {
     }
 
     fn shape(&self) -> &[usize] {
-        self.0.dims()
+        self.tensor.dims()
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(self.0.bytes())
+        Cow::Borrowed(self.bytes)
     }
 
     fn data_len(&self) -> usize {
-        self.0.bytes().len()
+        self.bytes.len()
     }
 }

@@ -1,6 +1,7 @@
 //! Layer normalisation over channels (Ba et al. 2016).
 
 pub(crate) mod cpu;
+mod cuda;
 mod gradient;
 #[cfg(test)]
 mod tests;
@@ -33,20 +34,23 @@ impl Default for LayerNorm<'_> {
 /// `y = ((x - mean) / sqrt(var + eps) * w + b) * (1 + scale) + shift` over the last axis; the variance is the biased one.
 ///
 /// # Shapes
-/// `x` and the result: `[.., C]`, `F32`.
+/// `x` and the result: `[.., C]`, `F32`; on a GPU of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` if `x` is not `F32` or the affine parameters do not have `C` elements, or the scale
 /// or shift not one.
 pub fn layer_norm(cx: &Context, x: &Tensor, p: &LayerNorm) -> Result<Tensor> {
-    let input = x.slice::<f32>()?;
-    let channels = x.shape().channels();
-    let mut out = Tensor::new(cx, "layer norm", x.dims(), DType::F32)?;
-    let held = Held::new(cx, p, channels)?;
-    held.normalize(cx, input, channels, out.slice_mut()?)?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::normalize(cx, stream, x, p)?,
+        None => {
+            let mut out = Tensor::new(cx, "layer norm", x.dims(), DType::F32)?;
+            normalize(cx, x.slice()?, x.shape().channels(), p, out.slice_mut()?)?;
+            out
+        }
+    };
     let (weight, bias) = p.affine.unzip();
     record(cx, out, &[Some(x), weight, bias, p.scale, p.shift], || {
-        let backward = gradient::Backward::new(x, held, p);
+        let backward = gradient::Backward::new(x, p);
         move |cx, flow| backward.run(cx, flow)
     })
 }

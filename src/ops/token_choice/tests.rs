@@ -55,7 +55,7 @@ impl Case {
         };
         let whole = check::on_threads(|cx| run(cx, &self.cond, 0, self.cond.dims()[0]));
         let alone = run(&check::cx(), &self.cond.narrow(0, 1).unwrap(), 0, 1).unwrap();
-        assert!(alone.bytes() == whole.narrow(0, 1).unwrap().bytes());
+        assert!(alone.bytes().unwrap() == whole.narrow(0, 1).unwrap().bytes().unwrap());
         whole.slice::<i64>().unwrap().iter().map(|&v| v as usize).collect()
     }
 }

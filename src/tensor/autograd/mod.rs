@@ -9,6 +9,7 @@
 //! ([`refuse`]), a tensor of another tape is an error, and [`Gradients::expect_all`] names a parameter that nothing
 //! reached.
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -366,19 +367,25 @@ fn add_to(cx: &Context, sums: &mut HashMap<usize, Tensor>, to: Tracked, gradient
             gradient
         } else {
             let mut sum = Tensor::zeros(cx, "a gradient", &[to.whole], DType::F32)?;
-            sum.slice_mut::<f32>()?[to.start..][..to.len].copy_from_slice(gradient.slice()?);
+            accumulate(cx, &mut sum, to, &gradient)?;
             sum
         };
         sums.insert(to.node, sum);
         return Ok(());
     };
-    if sum.slice_mut::<f32>().is_err() {
+    if !sum.is_own() {
         // Two inputs were given the same gradient: each needs its own from here on.
-        let mut own = Tensor::new(cx, "a gradient", sum.dims(), DType::F32)?;
-        own.slice_mut::<f32>()?.copy_from_slice(sum.slice()?);
-        *sum = own;
+        *sum = Tensor::from_parts(cx, "a gradient", sum.dims(), &[sum])?;
     }
-    let added = gradient.slice::<f32>()?;
+    accumulate(cx, sum, to, &gradient)
+}
+
+/// Adds numbers to a part of a sum.
+fn accumulate(cx: &Context, sum: &mut Tensor, to: Tracked, added: &Tensor) -> Result<()> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::accumulate(cx, stream, (sum, to.start), added);
+    }
+    let added = added.slice::<f32>()?;
     cx.parallel_chunks(&mut sum.slice_mut::<f32>()?[to.start..][..to.len], CHUNK, |i, part| {
         part.iter_mut().zip(&added[i * CHUNK..]).for_each(|(sum, added)| *sum += added);
     })

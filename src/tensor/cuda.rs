@@ -1,0 +1,110 @@
+//! Tensors as kernels of a GPU take them.
+
+use std::sync::Arc;
+
+use super::storage::Storage;
+use super::{DType, Tensor};
+use crate::device::Context;
+use crate::device::cuda::{Precision, Source, Stream, Taken, convert};
+use crate::error::{Error, Result};
+
+impl DType {
+    /// The type on a GPU, if the elements are floats.
+    pub(crate) fn precision(self) -> Option<Precision> {
+        match self {
+            DType::F32 => Some(Precision::F32),
+            DType::F16 => Some(Precision::F16),
+            DType::BF16 => Some(Precision::BF16),
+            DType::I64 | DType::U8 => None,
+        }
+    }
+
+    /// The type of activations on the context's device.
+    pub(crate) fn of_activations(cx: &Context) -> DType {
+        match cx.device().accelerator().map(|accelerator| accelerator.precision()) {
+            None | Some(Precision::F32) => DType::F32,
+            Some(Precision::F16) => DType::F16,
+            Some(Precision::BF16) => DType::BF16,
+        }
+    }
+}
+
+impl Tensor {
+    /// The type of the elements on a GPU.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming `what`, if they are no floats.
+    pub(crate) fn precision(&self, what: &str) -> Result<Precision> {
+        self.dtype.precision().ok_or_else(|| Error::argument(what, "a float type", self.dtype))
+    }
+
+    /// The elements on the device, to be read by work of `stream`, in their own type. What lies on the host is
+    /// uploaded; what lies in a weight file stays on the device from then on.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; `Device`.
+    pub(crate) fn on(&self, cx: &Context, stream: &Arc<Stream>) -> Result<Taken> {
+        let bytes = self.elements() * self.dtype.size();
+        match &self.storage {
+            Storage::Mirrored(mirrored) => {
+                if let Some(taken) = mirrored.taken(stream, self.offset)? {
+                    return Ok(taken);
+                }
+            }
+            Storage::Mapped(_) => return self.resident(cx, stream, self.dtype.precision()),
+            Storage::Host(_) => {}
+        }
+        let memory = stream.take("a tensor from the host", bytes)?;
+        stream.upload(self.bytes()?, &memory, 0)?;
+        Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
+    }
+
+    /// The elements on the device, as `wanted`. A weight of a file is converted once.
+    ///
+    /// # Errors
+    /// As [`Tensor::on`]; `InvalidArgument`, naming `what`, if they are no floats.
+    pub(crate) fn on_as(
+        &self,
+        cx: &Context,
+        stream: &Arc<Stream>,
+        what: &str,
+        wanted: Precision,
+    ) -> Result<Taken> {
+        let own = self.precision(what)?;
+        if own == wanted {
+            return self.on(cx, stream);
+        }
+        if let Storage::Mapped(_) = self.storage {
+            return self.resident(cx, stream, Some(wanted));
+        }
+        let source = self.on(cx, stream)?;
+        let memory = stream.take("a converted tensor", self.elements() * wanted.size())?;
+        // SAFETY: the source has this many numbers, and there is room for as many.
+        unsafe { convert(stream, (source.address(), own), (memory.address(), wanted), self.elements())? };
+        Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
+    }
+
+    fn resident(&self, cx: &Context, stream: &Arc<Stream>, wanted: Option<Precision>) -> Result<Taken> {
+        let (Some(accelerator), Some(file)) = (cx.device().accelerator(), self.storage.file()) else {
+            return Err(Error::internal("a weight", "not on a GPU or not in a file"));
+        };
+        let source = Source { what: "a weight", bytes: self.bytes()?, precision: self.dtype.precision() };
+        accelerator.residents().get(stream, source, wanted, || file)
+    }
+
+    /// The address of the elements on the device, to be written by work of `stream`. Only the sole owner may; what
+    /// was in them is there.
+    ///
+    /// # Errors
+    /// `Internal` if they are shared or of another stream; `OutOfMemory`; `Device`.
+    pub(crate) fn on_mut(&mut self, stream: &Arc<Stream>) -> Result<u64> {
+        let offset = self.offset as u64;
+        match &mut self.storage {
+            Storage::Mirrored(mirrored) => match Arc::get_mut(mirrored) {
+                Some(mirrored) => Ok(mirrored.address_mut(stream)? + offset),
+                None => Err(Error::internal("a tensor", "written while it is shared")),
+            },
+            _ => Err(Error::internal("a tensor", "on the host, and written on a GPU")),
+        }
+    }
+}
