@@ -67,6 +67,17 @@ kernel_tests() {
     tail -n 1 "$build/log/kernels.log" >"$build/log/kernels-results.log"
     counted "CUDA kernels with NVIDIA's compiler" kernels.log $status \
         "$(sum kernels-results.log passed)" "$(sum kernels-results.log failed)" 0
+
+    say "images of the CUDA kernels"
+    if ! tools/cuda/toolkit.sh nvcc >/dev/null; then
+        skip "images of the CUDA kernels: nvcc could not be fetched"
+        return
+    fi
+    run images.log tools/cuda/images.sh
+    status=$?
+    tail -n 1 "$build/log/images.log" >"$build/log/images-results.log"
+    counted "images of the CUDA kernels" images.log $status \
+        "$(sum images-results.log passed)" "$(sum images-results.log failed)" 0
 }
 
 c_tests() {
