@@ -251,6 +251,17 @@ CUEMU_PLAIN inline void run_warp(unsigned warp, unsigned *lanes) {
     }
 }
 
+// No thread can go on, though some wait in an operation of their warp.
+[[noreturn]] CUEMU_PLAIN inline void fail_stuck() {
+    Engine &e = engine;
+    for (unsigned i = 0; i < e.threads; i++) {
+        Fiber &f = e.fibers[i], *warp = &e.fibers[i / 32 * 32];
+        for (unsigned l = 0; f.state == AT_WARP && l < 32 && i / 32 * 32 + l < e.threads; l++)
+            if (f.mask >> l & 1 && warp[l].state == EXITED) fail("a lane that a warp mask names has exited");
+    }
+    fail("deadlock: some lanes wait in a warp operation that others never reach");
+}
+
 // Lets all go on if all wait at one barrier; false when all have exited.
 CUEMU_PLAIN inline bool pass_barrier() {
     Engine &e = engine;
@@ -266,7 +277,7 @@ CUEMU_PLAIN inline bool pass_barrier() {
         votes += f.predicate;
     }
     if (exited == e.threads) return false;
-    if (waiting + exited != e.threads) fail("deadlock: some lanes wait in a warp operation that others never reach");
+    if (waiting + exited != e.threads) fail_stuck();
     if (exited) fail("some threads exited before a __syncthreads that the others reached");
     if (!same) fail("threads of one block wait at different __syncthreads");
     for (unsigned i = 0; i < e.threads; i++) e.fibers[i].state = READY;
