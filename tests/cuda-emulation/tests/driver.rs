@@ -1,5 +1,7 @@
 //! The driver: what is queued runs late, what is wrong is refused, and nothing is lost.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::ffi::c_void;
@@ -271,6 +273,67 @@ fn launches_have_limits() {
             assert_eq!(loaded, Some(DriverError(CUDA_ERROR_INVALID_IMAGE)));
         }
     }
+}
+
+#[test]
+fn a_capture_spans_streams_that_events_join() {
+    let _alone = alone();
+    let (raw, other) = (Raw::new(), stream());
+    let memory = allocate(4).unwrap();
+    let (mut forth, mut back) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let local = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    let mut host = [0u8; 4];
+    // SAFETY: all handles live until the end, the memory is 4 bytes.
+    unsafe {
+        for event in [&mut forth, &mut back] {
+            sys::cuEventCreate(event, 2).result().unwrap();
+        }
+        for joined in [true, false] {
+            sys::cuStreamBeginCapture_v2(raw.stream, local).result().unwrap();
+            sys::cuEventRecord(forth, raw.stream).result().unwrap();
+            sys::cuStreamWaitEvent(other, forth, 0).result().unwrap();
+            sys::cuMemsetD8Async(memory, 5, 4, other).result().unwrap();
+            sys::cuEventRecord(back, other).result().unwrap();
+            if joined {
+                sys::cuStreamWaitEvent(raw.stream, back, 0).result().unwrap();
+            }
+            let ended = sys::cuStreamEndCapture(raw.stream, &mut graph);
+            assert_eq!(ended == CUDA_SUCCESS, joined);
+            assert_eq!(ended == CUDA_ERROR_STREAM_CAPTURE_UNJOINED, !joined);
+            if joined {
+                sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0).result().unwrap();
+                sys::cuGraphDestroy(graph).result().unwrap();
+            }
+        }
+        sys::cuGraphLaunch(executable, raw.stream).result().unwrap();
+        sys::cuMemcpyDtoHAsync_v2(host.as_mut_ptr().cast(), memory, 4, raw.stream).result().unwrap();
+        assert_eq!(host, [5; 4]);
+        sys::cuGraphExecDestroy(executable).result().unwrap();
+        for event in [forth, back] {
+            sys::cuEventDestroy_v2(event).result().unwrap();
+        }
+        sys::cuStreamDestroy_v2(other).result().unwrap();
+    }
+    assert_eq!(free(memory), CUDA_SUCCESS);
+}
+
+#[test]
+fn machine_code_is_of_one_architecture() {
+    let _alone = alone();
+    let _raw = Raw::new();
+    let source =
+        "#if __CUDA_ARCH__ != 750\n#error\n#endif\nextern \"C\" __global__ void k() {}\nCU_KERNEL(k)";
+    let image = common::compile_for("sm_75", source, &[]).unwrap();
+    // SAFETY: images end with a NUL.
+    unsafe {
+        let loaded = result::module::load_data(image.as_ptr().cast()).err();
+        assert_eq!(loaded, Some(DriverError(CUDA_ERROR_NO_BINARY_FOR_GPU)));
+        let image = common::compile(ADD, &[]).unwrap();
+        result::module::unload(result::module::load_data(image.as_ptr().cast()).unwrap()).unwrap();
+    }
+    let log = common::compile_for("sm_76", source, &[]).unwrap_err();
+    assert!(log.contains("invalid value for --gpu-architecture"), "{log}");
 }
 
 /// Copies 4 bytes to the device and back. Frees what it got so far wherever it fails.

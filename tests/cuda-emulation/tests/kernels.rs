@@ -1,5 +1,7 @@
 //! Kernels: compiled, launched, and what CUDA C++ has built in.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{ADD, alone, compile, module, shape};

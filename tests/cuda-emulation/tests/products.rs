@@ -1,5 +1,7 @@
 //! Matrix products, held to sums in f64.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::ffi::c_void;
@@ -205,7 +207,7 @@ fn run<T: Number>(p: &Product, precision: f64) -> Result<(), result::CublasError
     let found = stream.clone_dtoh(&on.d).unwrap();
     let depth = if p.transpose_a { p.a.rows } else { p.a.columns };
     for batch in 0..p.batch {
-        for row in 0..p.d.rows {
+        for (row, bias) in bias.iter().enumerate() {
             for column in 0..p.d.columns {
                 let sum: f64 = (0..depth)
                     .map(|k| {
@@ -217,7 +219,7 @@ fn run<T: Number>(p: &Product, precision: f64) -> Result<(), result::CublasError
                 let at = batch * p.d.len() + p.d.at(row, column);
                 let mut expected = f64::from(p.alpha) * sum + f64::from(p.beta) * c[at].f64();
                 if p.epilogue & 4 != 0 {
-                    expected += bias[row].f64();
+                    expected += bias.f64();
                 }
                 if p.epilogue & 2 != 0 {
                     expected = expected.max(0.0);
