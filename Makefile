@@ -1,6 +1,7 @@
 # make demo PROMPT="a red apple"   builds everything and draws build/demo.png
 # make test                        every test; its last line counts them
 # make check                       format, lints, docs, freshness of the header
+# make test-cuda                   the tests of the CUDA backend on a GPU
 # make bench | parity | clean
 # What a target needs beyond git, make, a C/C++ compiler and Rust it fetches
 # itself, into build/ or, for root, with apt-get.
@@ -8,7 +9,7 @@
 PROMPT ?= a red apple
 export PROMPT
 
-.PHONY: all check test demo bench parity clean
+.PHONY: all check test test-cuda demo bench parity clean
 
 all:
 	@tools/build.sh
@@ -18,6 +19,9 @@ check:
 
 test:
 	@tools/test.sh
+
+test-cuda:
+	@tools/test-cuda.sh
 
 demo:
 	@tools/demo.sh

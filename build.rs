@@ -1,4 +1,5 @@
-//! Generates include/wuerstchen.h from src/capi, and names the shared library's ABI.
+//! Generates include/wuerstchen.h from src/capi, names the shared library's ABI, and has the CUDA kernels compiled
+//! where there is a compiler for them (src/device/cuda/build.rs).
 //!
 //! cbindgen gives the declarations; this file sorts them by noun, the file of src/capi that each stands in, and
 //! puts the introduction before them. The header is written only when it changes, and a read-only source tree is
@@ -7,6 +8,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 use std::{env, fs};
+
+#[path = "src/device/cuda/build.rs"]
+mod cuda;
 
 /// Grows only when a compiled program would break; see CHANGELOG.md.
 const ABI: u32 = 0;
@@ -35,7 +39,15 @@ const NOUNS: [(&str, &str); 17] = [
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
-    for path in ["build.rs", "cbindgen.toml", "Cargo.toml", "src/capi", "include/wuerstchen.h"] {
+    for path in [
+        "build.rs",
+        "src/device/cuda/build.rs",
+        "src/device/cuda/options.txt",
+        "cbindgen.toml",
+        "Cargo.toml",
+        "src/capi",
+        "include/wuerstchen.h",
+    ] {
         println!("cargo:rerun-if-changed={path}");
     }
     if matches!(env::var("CARGO_CFG_TARGET_OS").as_deref(), Ok("linux" | "freebsd" | "netbsd" | "openbsd")) {
@@ -43,8 +55,11 @@ fn main() -> Result<(), Failure> {
     }
     let root = env::var("CARGO_MANIFEST_DIR")?;
     let root = Path::new(&root);
+    let out = env::var("OUT_DIR")?;
+    let out = Path::new(&out);
+    cuda::build_images(&root.join("src"), out)?;
     let header = header(root)?;
-    fs::write(Path::new(&env::var("OUT_DIR")?).join("wuerstchen.h"), &header)?;
+    fs::write(out.join("wuerstchen.h"), &header)?;
     let committed = root.join("include/wuerstchen.h");
     if fs::read_to_string(&committed).ok().as_ref() != Some(&header) {
         let written = fs::create_dir_all(root.join("include")).and_then(|()| fs::write(&committed, &header));

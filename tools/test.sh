@@ -54,6 +54,32 @@ mpi_tests() {
     counted "Rust over MPI" mpi.log $status "$(sum mpi-results.log passed)" "$(sum mpi-results.log failed)" "$(sum mpi-results.log ignored)"
 }
 
+# The kernels with NVIDIA's own compiler, for every architecture; it needs no GPU.
+kernel_tests() {
+    say "CUDA kernels with NVIDIA's compiler"
+    local nvrtc cuobjdump
+    if ! venv_has ctypes || ! nvrtc=$(tools/cuda/toolkit.sh nvrtc) || ! cuobjdump=$(tools/cuda/toolkit.sh cuobjdump); then
+        skip "CUDA kernels with NVIDIA's compiler: NVRTC or cuobjdump could not be fetched"
+        return
+    fi
+    run kernels.log "$build/venv/bin/python" tools/cuda/compile.py --nvrtc "$nvrtc" --cuobjdump "$cuobjdump"
+    local status=$?
+    tail -n 1 "$build/log/kernels.log" >"$build/log/kernels-results.log"
+    counted "CUDA kernels with NVIDIA's compiler" kernels.log $status \
+        "$(sum kernels-results.log passed)" "$(sum kernels-results.log failed)" 0
+
+    say "images of the CUDA kernels"
+    if ! tools/cuda/toolkit.sh nvcc >/dev/null; then
+        skip "images of the CUDA kernels: nvcc could not be fetched"
+        return
+    fi
+    run images.log tools/cuda/images.sh
+    status=$?
+    tail -n 1 "$build/log/images.log" >"$build/log/images-results.log"
+    counted "images of the CUDA kernels" images.log $status \
+        "$(sum images-results.log passed)" "$(sum images-results.log failed)" 0
+}
+
 c_tests() {
     say "C and C++"
     need valgrind valgrind || skip "valgrind is not there and could not be installed: the C tests run without it"
@@ -139,6 +165,7 @@ say "building the library"
 if run build.log tools/build.sh; then built=yes; else built=no; fail "the build, see build/log/build.log"; fi
 rust_tests
 mpi_tests
+kernel_tests
 if [ $built = yes ]; then
     c_tests
     all_go_tests

@@ -9,6 +9,7 @@
 mod accelerator;
 mod cache;
 mod compile;
+mod copy;
 mod driver;
 mod gpu;
 mod graph;
@@ -19,6 +20,7 @@ mod stream;
 
 pub use accelerator::Accelerator;
 pub use compile::Kernels;
+pub use copy::Copy;
 pub use gpu::{Capability, Gpu, GpuInfo, describe, gpus};
 pub use graph::{Graph, StepMemory};
 pub use memory::{Memory, Taken};
