@@ -111,13 +111,13 @@ pub fn convolve(
     }
     let on = |what, tensor: &Tensor| tensor.on_as(cx, stream, what, precision);
     let (input, weight) = (on("depthwise input", x)?, on("depthwise weight", p.weight)?);
-    let skip = skip.map(|skip| on("depthwise skip", skip)).transpose()?;
+    let second = skip.map(|skip| on("depthwise skip", skip)).transpose()?;
     let bias = p.bias.map(|bias| bias.on_as(cx, stream, "depthwise bias", Precision::F32)).transpose()?;
     let then = HeldThen::new(cx, stream, &p.then, precision)?;
     let address = |taken: &Option<Taken>| taken.as_ref().map_or(0, Taken::address);
     let mut job = Convolution {
         x: input.address(),
-        skip: address(&skip),
+        skip: address(&second),
         weight: weight.address(),
         bias: address(&bias),
         y: out.on_mut(stream)?,
@@ -140,7 +140,7 @@ pub fn convolve(
     let (kernel, launch) = match job.three(precision) {
         Some(_) if then.is_layer_norm() && threads > MOST_THREADS => {
             // No block holds so many channels.
-            let y = convolve(cx, stream, (x, None), &DepthwiseConv { then: Then::None, ..*p }, sizes)?;
+            let y = convolve(cx, stream, (x, skip), &DepthwiseConv { then: Then::None, ..*p }, sizes)?;
             return p.then.apply(cx, y);
         }
         Some(kernel) => (kernel, three(dims, threads, then.is_layer_norm())),
