@@ -235,9 +235,12 @@ int copy(const std::string &text, char *to) {
     if (int error = enter()) return error;                                                                             \
     if (!(condition)) return otherwise
 
+// What is compiled depends on this emulation and its flags: whoever keeps images by version must not meet old ones.
 API nvrtcVersion(int *major, int *minor) {
     ENTER(major && minor, INVALID_INPUT);
-    *major = 13, *minor = 0;
+    const char *flags = getenv("CUEMU_CXXFLAGS");
+    *major = 13;
+    *minor = (int)(std::hash<std::string>{}(CUEMU_HEADERS_HASH CUEMU_CACHE + std::string(flags ? flags : "")) % 1000000);
     return SUCCESS;
 }
 
