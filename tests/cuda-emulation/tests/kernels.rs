@@ -55,8 +55,9 @@ fn lanes_see_each_other() {
         out[160 + i] = __any_sync(0xffffffffu, i == 7) + 2 * __all_sync(0xffffffffu, i < 31);
         if (i < 4) out[192 + i] = __shfl_xor_sync(0xfu, (long long)i, 3);
         __syncwarp();
-        out[192 + 4] = __syncthreads_count(i < 9);
-        out[192 + 5] = __syncthreads_or(i == 9) + 2 * __syncthreads_and(i != 9);
+        int count = __syncthreads_count(i < 9), any = __syncthreads_or(i == 9), all = __syncthreads_and(i != 9);
+        if (i == 0) out[192 + 4] = count;
+        if (i == 1) out[192 + 5] = any + 2 * all;
     }
     CU_KERNEL(kernel)
     "#;
@@ -125,6 +126,7 @@ fn a_missing_barrier_or_wait_shows() {
     extern "C" __global__ void kernel(float *out) {{
         float *shared = cuemu::dyn_shared<float>();
         out[threadIdx.x] = threadIdx.x;
+        __syncwarp();
         if (threadIdx.x == 0) {{
             cuemu_cp_async16(shared, out);
             cuemu_cp_async_commit();
