@@ -119,7 +119,7 @@ bool parse(int count, const char *const *given, Options *to, std::string *log) {
 // --- The compiler -----------------------------------------------------------------------------------------------
 
 std::vector<std::string> arguments(const Options &options) {
-    std::vector<std::string> all = {CUEMU_CXX, "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden",
+    std::vector<std::string> all = {CUEMU_CXX, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden",
         "-fno-gnu-unique", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-attributes", "-Wno-unknown-pragmas",
         "-Wl,-Bsymbolic", "-Wl,-z,start-stop-visibility=hidden", "-I" CUEMU_INCLUDE, "-include", "cuemu.h"};
     all.push_back("-D__CUDA_ARCH__=" + std::to_string(atoi(options.target.c_str() + options.target.find('_') + 1) * 10));
