@@ -9,7 +9,9 @@
 mod accelerator;
 mod cache;
 mod compile;
+mod copy;
 mod driver;
+pub(crate) mod gemm;
 mod gpu;
 mod graph;
 mod images;
@@ -19,6 +21,8 @@ mod stream;
 
 pub use accelerator::Accelerator;
 pub use compile::Kernels;
+pub use copy::Copy;
+pub use gemm::{Batch, Matrix, Product, Tail};
 pub use gpu::{Capability, Gpu, GpuInfo, describe, gpus};
 pub use graph::{Graph, StepMemory};
 pub use memory::{Memory, Taken};
