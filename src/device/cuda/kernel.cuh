@@ -82,6 +82,18 @@ template <class T, int N> __device__ __forceinline__ Pack<T, N> load_pack(const 
     return *reinterpret_cast<const Pack<T, N> *>(p);
 }
 
+// N neighbouring floats: one, or a multiple of four that is aligned to 16 bytes.
+template <int N> __device__ __forceinline__ void load_floats(const float *p, float (&v)[N]) {
+    if constexpr (N == 1) {
+        v[0] = *p;
+    } else {
+        for (int i = 0; i < N; i += 4) {
+            Pack<float, 4> four = load_pack<float, 4>(p + i);
+            for (int j = 0; j < 4; j++) v[i + j] = four.at[j];
+        }
+    }
+}
+
 template <class T, int N> __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &v) {
     *reinterpret_cast<Pack<T, N> *>(p) = v;
 }
