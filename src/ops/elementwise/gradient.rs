@@ -32,7 +32,7 @@ pub(super) fn add_rows(x: &Tensor, rows: &Tensor) -> impl FnOnce(&Context, &mut 
     move |cx, flow| {
         flow.give(cx, to_x, |g| Ok(g.clone()))?;
         flow.give(cx, to_rows, |g| {
-            columns.sums(cx, Terms::Values(g.slice()?))?.tensor(cx, "gradient of rows", &[0])
+            columns.sums(cx, Terms::Values(g))?.tensor(cx, "gradient of rows", &[0])
         })
     }
 }
@@ -57,10 +57,10 @@ impl Affine {
             let columns = self.rows.columns(self.scale.elements());
             let sums = |cx, g: &Tensor| match &self.input {
                 Some(x) if self.to_shift.is_some() => {
-                    columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, x.slice()?))
+                    columns.sums(cx, Terms::ValuesAndProducts(g, x))
                 }
-                Some(x) => columns.sums(cx, Terms::Products(g.slice()?, x.slice()?)),
-                None => columns.sums(cx, Terms::Values(g.slice()?)),
+                Some(x) => columns.sums(cx, Terms::Products(g, x)),
+                None => columns.sums(cx, Terms::Values(g)),
             };
             if self.to_scale.is_none() && self.to_shift.is_none() {
                 return Ok(());
@@ -85,7 +85,7 @@ pub(super) fn modulate(
         let Some(input) = input else { return Ok(()) };
         flow.give(cx, modulation.tracked(), |g| {
             let columns = rows.columns(modulation.elements() / 2);
-            let sums = columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, input.slice()?))?;
+            let sums = columns.sums(cx, Terms::ValuesAndProducts(g, &input))?;
             sums.tensor(cx, "gradient of a modulation", &[1, 0])
         })
     }
