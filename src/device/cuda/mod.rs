@@ -10,6 +10,7 @@ mod accelerator;
 mod cache;
 mod compile;
 mod driver;
+pub(crate) mod gemm;
 mod gpu;
 mod graph;
 mod images;
@@ -19,6 +20,7 @@ mod stream;
 
 pub use accelerator::Accelerator;
 pub use compile::Kernels;
+pub use gemm::{Batch, Matrix, Product, Tail};
 pub use gpu::{Capability, Gpu, GpuInfo, describe, gpus};
 pub use graph::{Graph, StepMemory};
 pub use memory::{Memory, Taken};
