@@ -142,20 +142,20 @@ void wst_error_free(wst_error *error);
 typedef struct wst_device_info_t {
     /** The size that the caller was compiled with, in bytes. */
     uint32_t struct_size;
-    /** Cores that this process may use. */
+    /** Cores that this process may use; a GPU's multiprocessors. */
     uint32_t threads;
     /** Memory of the device. */
     uint64_t memory_bytes;
     /** What of it is available now. */
     uint64_t memory_available_bytes;
-    /** The name that wst_model_options_set_device takes, "cpu". */
+    /** The name that wst_model_options_set_device takes: "cpu", "cuda:0". */
     char name[64];
     /** What the device calls itself, for people. */
     char description[128];
 } wst_device_info_t;
 
 /**
- * How many compute devices there are; at least 1, the CPU.
+ * How many compute devices there are; at least 1, the CPU. GPUs come after it, where NVIDIA's driver is found.
  *
  * Owner: nothing changes hands.
  * Threads: any.

@@ -64,6 +64,15 @@ impl Device {
         Ok(Device { inner: Arc::new(inner) })
     }
 
+    /// For a log: the GPU or the CPU, and its threads.
+    pub fn describe(&self) -> String {
+        let threads = self.threads();
+        match self.accelerator() {
+            None => format!("{threads} CPU threads"),
+            Some(on) => format!("{:?} in {:?}, with {threads} CPU threads", on.gpu(), on.precision()),
+        }
+    }
+
     /// How many threads take part in a loop.
     pub fn threads(&self) -> usize {
         self.inner.threads.threads()

@@ -3,6 +3,7 @@
 pub mod autograd;
 mod cuda;
 mod dtype;
+pub mod replay;
 pub mod rng;
 mod shape;
 mod storage;
