@@ -67,8 +67,8 @@ pub fn batch_norm(
         let (x, weight, to_bias, reduce) = (x.clone(), weight.clone(), bias.tracked(), reduce.cloned());
         move |cx, flow| {
             let sums = moments.gradient_sums(cx, [flow.gradient(), &x])?;
-            flow.give(cx, to_bias, |_| sums.of_bias(cx))?;
-            flow.give(cx, weight.tracked(), |_| sums.of_weight(cx))?;
+            flow.give(cx, to_bias, |_| sums.of_bias(cx)?.reshape(&[channels]))?;
+            flow.give(cx, weight.tracked(), |_| sums.of_weight(cx)?.reshape(&[channels]))?;
             flow.give(cx, x.tracked(), |g| {
                 moments.gradient(cx, [g, &x], Some(&weight), sums, reduce.as_ref())
             })

@@ -3,6 +3,7 @@ use std::sync::{Barrier, Mutex};
 use super::*;
 use crate::device::cuda::Precision;
 use crate::ops::check;
+use crate::tensor::DType;
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 /// The result, the means and the variances.

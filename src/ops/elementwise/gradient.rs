@@ -31,9 +31,7 @@ pub(super) fn add_rows(x: &Tensor, rows: &Tensor) -> impl FnOnce(&Context, &mut 
     let columns = Columns { groups: 1, rows: x.dims()[0], channels: rows.elements() };
     move |cx, flow| {
         flow.give(cx, to_x, |g| Ok(g.clone()))?;
-        flow.give(cx, to_rows, |g| {
-            columns.sums(cx, Terms::Values(g))?.tensor(cx, "gradient of rows", &[0])
-        })
+        flow.give(cx, to_rows, |g| columns.sums(cx, Terms::Values(g))?.tensor(cx, "gradient of rows", &[0]))
     }
 }
 
@@ -56,9 +54,7 @@ impl Affine {
             flow.give(cx, self.to_x, |g| self.rows.scale(cx, g.clone(), scale))?;
             let columns = self.rows.columns(self.scale.elements());
             let sums = |cx, g: &Tensor| match &self.input {
-                Some(x) if self.to_shift.is_some() => {
-                    columns.sums(cx, Terms::ValuesAndProducts(g, x))
-                }
+                Some(x) if self.to_shift.is_some() => columns.sums(cx, Terms::ValuesAndProducts(g, x)),
                 Some(x) => columns.sums(cx, Terms::Products(g, x)),
                 None => columns.sums(cx, Terms::Values(g)),
             };

@@ -66,15 +66,8 @@ pub fn gradient(
     let [g, x, y, w] = [(g, "a gradient"), (x, "features"), (y, "features"), (w, "weights of features")]
         .map(|(tensor, what)| tensor.on_as(cx, stream, what, Precision::F32));
     let (g, x, y, w) = (g?, x?, y?, w?);
-    let parameters: [&dyn Parameter; 7] = [
-        &g.address(),
-        &x.address(),
-        &y.address(),
-        &w.address(),
-        &to,
-        &(pixels as i64),
-        &(channels as i32),
-    ];
+    let parameters: [&dyn Parameter; 7] =
+        [&g.address(), &x.address(), &y.address(), &w.address(), &to, &(pixels as i64), &(channels as i32)];
     // SAFETY: as the kernel declares; x, y and dx have so many pixels, w a number for each channel, g is one.
     unsafe {
         let launch = Launch::blocks(pixels.div_ceil(PIXELS_PER_BLOCK), THREADS);

@@ -5,8 +5,8 @@ mod cuda;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::tensor::autograd::{self, record};
 use crate::tensor::Tensor;
+use crate::tensor::autograd::{self, record};
 
 /// What [`fold_norm`] folds: `[C]` each, of any float type.
 #[derive(Debug, Clone, Copy)]
@@ -100,8 +100,7 @@ mod tests {
             let spread: Vec<f32> = wide(&random(&[300], 4)).iter().map(|v| (v * v) as f32).collect();
             let variance = cast(&Tensor::from_slice(&[300], &spread).unwrap(), dtype);
             let [w, b, m, v] = [&weight, &bias, &mean, &variance].map(wide);
-            let factors: Vec<f64> =
-                (0..300).map(|c| w[c] / (v[c] + f64::from(1e-3f32)).sqrt()).collect();
+            let factors: Vec<f64> = (0..300).map(|c| w[c] / (v[c] + f64::from(1e-3f32)).sqrt()).collect();
             let shifts: Vec<f64> = (0..300).map(|c| b[c] - m[c] * factors[c]).collect();
             let op = |cx: &Context, t: [&Tensor; 4]| {
                 let [weight, bias, mean, variance] = t;

@@ -36,10 +36,8 @@ impl Pictures {
     /// The launch, and whether threads own several channels of numbers of `size` bytes at these addresses.
     fn launch(&self, size: usize, addresses: &[u64]) -> (Launch, i32) {
         let aligned = addresses.iter().all(|address| address.is_multiple_of((WIDE * size) as u64));
-        let (elements, wide) = (
-            self.windows as usize * self.channels as usize,
-            aligned && self.channels as usize % WIDE == 0,
-        );
+        let (elements, wide) =
+            (self.windows as usize * self.channels as usize, aligned && self.channels as usize % WIDE == 0);
         (Launch::elements(if wide { elements / WIDE } else { elements }), wide.into())
     }
 }
@@ -68,8 +66,10 @@ pub fn gradient(cx: &Context, stream: &Arc<Stream>, g: &Tensor, x: &Tensor) -> R
     if x.elements() == 0 {
         return Ok(dx);
     }
-    let (g, from) =
-        (g.on_as(cx, stream, "a gradient", Precision::F32)?, x.on_as(cx, stream, "an input", Precision::F32)?);
+    let (g, from) = (
+        g.on_as(cx, stream, "a gradient", Precision::F32)?,
+        x.on_as(cx, stream, "an input", Precision::F32)?,
+    );
     let addresses = [g.address(), from.address(), dx.on_mut(stream)?];
     let pictures = Pictures::new(x)?;
     let (launch, wide) = pictures.launch(size_of::<f32>(), &addresses);

@@ -45,7 +45,9 @@ impl Numbers {
     /// # Errors
     /// Those of `change`; `OutOfMemory`; `Device`.
     pub fn change<T>(&mut self, cx: &Context, change: impl FnOnce(&mut [f64]) -> Result<T>) -> Result<T> {
-        let Some(stream) = cx.cuda()? else { return Err(Error::internal("sums of a GPU", "used without it")) };
+        let Some(stream) = cx.cuda()? else {
+            return Err(Error::internal("sums of a GPU", "used without it"));
+        };
         let mut here = Doubles::new(cx.device(), "sums of a GPU", self.count)?;
         stream.download(&self.memory, here.bytes_mut())?;
         let result = change(here.values_mut())?;

@@ -69,8 +69,7 @@ impl<'a> Work<'a> {
     /// Wᵀ u.
     fn transposed_times(&self, u: &Tensor) -> Result<Tensor> {
         let (parts, u) = (sums::parts(self.rows), self.vector(u)?);
-        let mut partial =
-            Tensor::new(self.cx, "power iteration", &[parts.count, self.columns], DType::F32)?;
+        let mut partial = Tensor::new(self.cx, "power iteration", &[parts.count, self.columns], DType::F32)?;
         let to = partial.on_mut(self.stream)?;
         let launch = Launch {
             grid: [self.columns.div_ceil(COLUMNS) as u32, parts.count as u32, 1],

@@ -100,7 +100,8 @@ mod tests {
     use crate::tensor::DType;
 
     fn directions(rows: usize, columns: usize) -> Directions {
-        let [u, v] = [(rows, 11), (columns, 12)].map(|(n, seed)| cpu::unit(check::random(&[n], seed)).unwrap());
+        let [u, v] =
+            [(rows, 11), (columns, 12)].map(|(n, seed)| cpu::unit(check::random(&[n], seed)).unwrap());
         Directions { u, v }
     }
 

@@ -45,7 +45,8 @@ impl Moments {
         let mut statistics = Tensor::new(cx, "statistics of a batch", &[2, groups, channels], DType::F32)?;
         let mut coefficients = Tensor::new(cx, "coefficients", &[groups, 3, channels], DType::F32)?;
         let [of_weight, of_bias] = [p.affine.map(|a| a[0]), p.affine.map(|a| a[1])];
-        let ((weight, _weight), (bias, _bias)) = (vector(cx, p.what, of_weight)?, vector(cx, p.what, of_bias)?);
+        let ((weight, _weight), (bias, _bias)) =
+            (vector(cx, p.what, of_weight)?, vector(cx, p.what, of_bias)?);
         let (statistics_at, to) = (statistics.on_mut(stream)?, coefficients.on_mut(stream)?);
         let (of_sums, at, eps) = (sums.address(), moments.address(), f64::from(p.eps));
         if entries > 0 {
@@ -85,7 +86,13 @@ impl Moments {
     }
 
     /// `(x - mean) / deviation`, then by the weight and plus the bias.
-    pub fn apply(&self, cx: &Context, what: &'static str, x: &Tensor, coefficients: &Tensor) -> Result<Tensor> {
+    pub fn apply(
+        &self,
+        cx: &Context,
+        what: &'static str,
+        x: &Tensor,
+        coefficients: &Tensor,
+    ) -> Result<Tensor> {
         let stream = stream(cx)?;
         let mut y = Tensor::new(cx, what, x.dims(), x.dtype())?;
         let (from, by, to) = (x.on(cx, stream)?, coefficients.on(cx, stream)?, y.on_mut(stream)?);
@@ -100,7 +107,15 @@ impl Moments {
                 "standardise",
                 Some(x.precision(what)?),
                 split.launch,
-                &[&addresses[0], &addresses[1], &to, &split.packs, &split.of_group, &split.channels, &split.wide],
+                &[
+                    &addresses[0],
+                    &addresses[1],
+                    &to,
+                    &split.packs,
+                    &split.of_group,
+                    &split.channels,
+                    &split.wide,
+                ],
             )?;
         }
         Ok(y)
@@ -112,7 +127,8 @@ impl Moments {
         if entries == 0 {
             return Ok(());
         }
-        let parameters = (sums.address(), self.moments.address(), entries as i64, self.columns.channels as i32);
+        let parameters =
+            (sums.address(), self.moments.address(), entries as i64, self.columns.channels as i32);
         // SAFETY: as the kernel declares; two sums and two moments for each group and channel.
         unsafe {
             stream.launch(

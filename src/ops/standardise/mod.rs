@@ -127,9 +127,7 @@ impl Moments {
     ) -> Result<Tensor> {
         sums.sums.over_processes(cx, reduce, self.columns.rows as f64)?;
         match (&sums.sums.values, &self.held) {
-            (Values::Host(sums), Held::Host(moments)) => {
-                moments.gradient(cx, [g, x], weight, sums.values())
-            }
+            (Values::Host(sums), Held::Host(moments)) => moments.gradient(cx, [g, x], weight, sums.values()),
             (Values::Device(sums), Held::Device(moments)) => moments.gradient(cx, [g, x], weight, sums),
             _ => Err(Error::internal("a normalisation", "its gradient is on another device")),
         }
