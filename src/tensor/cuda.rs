@@ -84,6 +84,11 @@ impl Tensor {
         Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
     }
 
+    /// Whether the elements lie on a device, whatever copy the host may have of them.
+    pub(crate) fn is_on_device(&self) -> bool {
+        matches!(&self.storage, Storage::Mirrored(mirrored) if mirrored.is_on_device())
+    }
+
     fn resident(&self, cx: &Context, stream: &Arc<Stream>, wanted: Option<Precision>) -> Result<Taken> {
         let (Some(accelerator), Some(file)) = (cx.device().accelerator(), self.storage.file()) else {
             return Err(Error::internal("a weight", "not on a GPU or not in a file"));

@@ -133,6 +133,11 @@ impl Mirrored {
         self.memory.get().ok_or_else(lost)
     }
 
+    /// Whether it lies on the device.
+    pub fn is_on_device(&self) -> bool {
+        self.memory.get().is_some()
+    }
+
     /// The address on the device, to write: the host's copy is given up.
     pub fn address_mut(&mut self, stream: &Arc<Stream>) -> Result<u64> {
         if !Arc::ptr_eq(&self.stream, stream) {

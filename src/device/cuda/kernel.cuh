@@ -82,9 +82,30 @@ template <class T, int N> __device__ __forceinline__ Pack<T, N> load_pack(const 
     return *reinterpret_cast<const Pack<T, N> *>(p);
 }
 
+// N neighbouring floats: one, or a multiple of four that is aligned to 16 bytes.
+template <int N> __device__ __forceinline__ void load_floats(const float *p, float (&v)[N]) {
+    if constexpr (N == 1) {
+        v[0] = *p;
+    } else {
+        for (int i = 0; i < N; i += 4) {
+            Pack<float, 4> four = load_pack<float, 4>(p + i);
+            for (int j = 0; j < 4; j++) v[i + j] = four.at[j];
+        }
+    }
+}
+
 template <class T, int N> __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &v) {
     *reinterpret_cast<Pack<T, N> *>(p) = v;
 }
+
+// Whether a pack of 16 bytes may begin at an address.
+__device__ __forceinline__ bool is_aligned(const void *p) { return ((u64)p & 15) == 0; }
+
+// The number of this thread in a line of blocks.
+__device__ __forceinline__ i64 thread_number() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// a / b for a from 0 on: in 32 bits where they hold it, which takes a third of the time.
+__device__ __forceinline__ i64 quotient(i64 a, int b) { return a >> 32 ? a / b : (i64)((u32)a / (u32)b); }
 
 #define INFINITY_F __uint_as_float(0x7f800000u)
 
