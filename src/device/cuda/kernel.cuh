@@ -120,6 +120,11 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+__device__ __forceinline__ double warp_sum(double x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
 __device__ __forceinline__ float warp_max(float x) {
     for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
@@ -133,6 +138,15 @@ __device__ __forceinline__ float block_sum(float x, float *scratch) {
     if (lane == 0) scratch[warp] = x;
     __syncthreads();
     x = lane < warps ? scratch[lane] : 0.0f;
+    return warp_sum(x);
+}
+
+__device__ __forceinline__ double block_sum(double x, double *scratch) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = warp_sum(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    x = lane < warps ? scratch[lane] : 0.0;
     return warp_sum(x);
 }
 

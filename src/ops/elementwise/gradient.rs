@@ -39,7 +39,7 @@ pub(super) fn add_rows(x: &Tensor, rows: &Tensor) -> impl FnOnce(&Context, &mut 
                 let g = g.reshape(&[columns.rows, columns.channels])?;
                 return sums::columns_on(cx, stream, "gradient of rows", &g);
             }
-            columns.sums(cx, Terms::Values(g.slice()?))?.tensor(cx, "gradient of rows", &[0])
+            columns.sums(cx, Terms::Values(g))?.tensor(cx, "gradient of rows", &[0])
         })
     }
 }
@@ -68,9 +68,9 @@ impl Affine {
             }
             let g = flow.gradient();
             let terms = match &self.input {
-                Some(x) if self.to_shift.is_some() => Terms::ValuesAndProducts(g.slice()?, x.slice()?),
-                Some(x) => Terms::Products(g.slice()?, x.slice()?),
-                None => Terms::Values(g.slice()?),
+                Some(x) if self.to_shift.is_some() => Terms::ValuesAndProducts(g, x),
+                Some(x) => Terms::Products(g, x),
+                None => Terms::Values(g),
             };
             let sums = self.rows.columns(self.scale.elements()).sums(cx, terms)?;
             let products = usize::from(self.to_shift.is_some());
@@ -121,7 +121,7 @@ pub(super) fn modulate(
         let Some(input) = input else { return Ok(()) };
         flow.give(cx, modulation.tracked(), |g| {
             let columns = rows.columns(modulation.elements() / 2);
-            let sums = columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, input.slice()?))?;
+            let sums = columns.sums(cx, Terms::ValuesAndProducts(g, &input))?;
             sums.tensor(cx, "gradient of a modulation", &[1, 0])
         })
     }
