@@ -45,7 +45,10 @@ fn check_steps(folder: &str) {
             let many = traffic(&model, more);
             assert_eq!(many.1, few.1, "{folder}, {dtype}, steps {more:?}: the host reads in each step");
             let per_step = (many.0 - few.0) / 5;
-            assert!(per_step <= LAUNCHES_PER_STEP, "{folder}, {dtype}, steps {more:?}: {per_step} launches a step");
+            assert!(
+                per_step <= LAUNCHES_PER_STEP,
+                "{folder}, {dtype}, steps {more:?}: {per_step} launches a step"
+            );
         }
     }
 }
