@@ -310,5 +310,9 @@ pub(super) fn sums(
         // SAFETY: as the kernel declares; x and g have so many rows in each group, the sums a row for each part.
         unsafe { stream.launch(&GRADIENT, "channel_sums", None, launch, &[&x, &g.address(), &sums])? };
     }
-    sums::groups_on(cx, stream, "sums", &partial)
+    let sums = sums::groups_on(cx, stream, "sums", &partial)?;
+    match wanted {
+        Wanted::Pairs(_) => sums.reshape(&[groups, 2, channels]),
+        _ => Ok(sums),
+    }
 }

@@ -158,9 +158,9 @@ __device__ __forceinline__ void respond(const T *x, const float *norms, const fl
 // hot: response_norm_f16
 // hot: response_norm_bf16
 #define RESPONSE_NORM(T, suffix)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(LINES *WARP, 4)                                                       \
-        response_norm_##suffix(const T *x, const float *norms, const float *shares, const float *gamma,                \
-                               const float *beta, T *y, Shape p, float eps) {                                          \
+    extern "C" __global__ void response_norm_##suffix(const T *x, const float *norms, const float *shares,             \
+                                                      const float *gamma, const float *beta, T *y, Shape p,            \
+                                                      float eps) {                                                     \
         const int wide = 16 / sizeof(T);                                                                               \
         __shared__ float scratch[WARP];                                                                                \
         const float *own = shares + (i64)(blockIdx.x / (u32)p.tiles) * p.norm_tiles;                                   \

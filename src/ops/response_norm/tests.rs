@@ -1,6 +1,8 @@
 use super::*;
 use crate::device::cuda::Precision;
+use crate::ops::activation::Activation;
 use crate::ops::check;
+use crate::ops::elementwise::activate;
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 fn naive(x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Vec<f64> {
@@ -47,6 +49,12 @@ fn on_a_gpu() {
         let inputs = [check::random(dims, 1), check::random(&[1, 1, 1, c], 2), check::random(&[c], 3)];
         check::on_device(&inputs.each_ref(), &tolerances, of_all);
         check::gradients_on_device(&inputs, of_all);
+        // With the GELU in its two passes.
+        let activated = |cx: &Context, t: &[Tensor]| match cx.cuda()? {
+            Some(stream) => cuda::normalize(cx, stream, t[0].clone(), (&t[1], &t[2]), true),
+            None => response_norm(cx, activate(cx, t[0].clone(), Activation::Gelu)?, &t[1], &t[2]),
+        };
+        check::on_device(&inputs.each_ref(), &tolerances, activated);
     }
     let Some(cx) = check::cuda(Precision::F16) else { return };
     let stream = cx.cuda().unwrap().unwrap().clone();
