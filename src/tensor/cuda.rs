@@ -107,4 +107,20 @@ impl Tensor {
             _ => Err(Error::internal("a tensor", "on the host, and written on a GPU")),
         }
     }
+
+    /// The stream whose memory this is, if it is a GPU's.
+    pub(crate) fn stream(&self) -> Option<Arc<Stream>> {
+        match &self.storage {
+            Storage::Mirrored(mirrored) => Some(mirrored.stream().clone()),
+            _ => None,
+        }
+    }
+
+    /// Whether the elements can be read without waiting for a GPU.
+    pub(crate) fn is_on_host(&self) -> bool {
+        match &self.storage {
+            Storage::Mirrored(mirrored) => mirrored.is_on_host(),
+            _ => true,
+        }
+    }
 }

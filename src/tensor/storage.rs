@@ -130,6 +130,16 @@ impl Mirrored {
         self.memory.get().ok_or_else(lost)
     }
 
+    /// Whose memory it is.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// Whether the host has the bytes.
+    pub fn is_on_host(&self) -> bool {
+        self.host.get().is_some()
+    }
+
     /// The address on the device, to write: the host's copy is given up.
     pub fn address_mut(&mut self, stream: &Arc<Stream>) -> Result<u64> {
         if !Arc::ptr_eq(&self.stream, stream) {
