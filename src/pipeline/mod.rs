@@ -1,6 +1,7 @@
 //! From a prompt to a picture: text -> Stage C -> Stage B -> Stage A -> pixels (paper, Figure 2).
 
 mod defaults;
+pub(crate) mod devices;
 mod generate;
 mod generate_options;
 mod geometry;

@@ -91,6 +91,9 @@ pub(super) struct Mirrored {
 
 impl Mirrored {
     fn host(&self) -> Result<&[u8]> {
+        if self.stream.is_recording() {
+            return Err(Error::internal("a recorded step", format!("reads {} on the host", self.what)));
+        }
         if let Some(host) = self.host.get() {
             return Ok(host.bytes());
         }

@@ -85,7 +85,7 @@ impl Parameters {
             let master = match role {
                 Role::Frozen => tensor,
                 // Widening an `F32` tensor gives the mapped one: the copy is what may be written.
-                Role::Trained | Role::Statistic => widen(cx, &tensor)?.detached()?,
+                Role::Trained | Role::Statistic => widen(cx, &tensor)?.copied(cx)?,
             };
             self.push(format!("{prefix}.{name}"), role, master);
         }
@@ -110,7 +110,7 @@ impl Parameters {
                 return Err(Error::internal("an adapter", format!("{layer} has no matrix")));
             };
             let zeros =
-                |rows, columns| Tensor::zeros(cx, "an adapter", &[rows, columns], DType::F32)?.detached();
+                |rows, columns| Tensor::zeros(cx, "an adapter", &[rows, columns], DType::F32)?.copied(cx);
             let mut down = zeros(adapter.rank, inputs)?;
             init(i, inputs, down.slice_mut()?);
             self.push(format!("{layer}.{DOWN}"), Role::Trained, down);

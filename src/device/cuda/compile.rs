@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 const HEADER: &str = include_str!("kernel.cuh");
 const HEADER_NAME: &CStr = c"kernel.cuh";
 
-/// Beside the architecture.
-const OPTIONS: [&str; 2] = ["--std=c++17", "--extra-device-vectorization"];
+/// How kernels are compiled: its lines that are options.
+const OPTIONS: &str = include_str!("options.txt");
 
 /// Dynamic shared memory that needs no permission.
 const SHARED_DEFAULT: u32 = 48 << 10;
@@ -44,9 +44,11 @@ impl Kernels {
 }
 
 /// A kernel on a device.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Function {
     raw: sys::CUfunction,
+    /// The sizes of its parameters, where the driver can tell.
+    parameters: Option<Arc<[usize]>>,
 }
 
 // SAFETY: a handle that any thread may launch.
@@ -55,33 +57,33 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    fn new(raw: sys::CUfunction) -> Self {
+        if !driver::has(c"cuFuncGetParamInfo") {
+            return Function { raw, parameters: None };
+        }
+        let size_of = |i: usize| {
+            let (mut offset, mut size) = (0, 0);
+            // SAFETY: the function is loaded; both numbers outlive the call. Beyond the last it fails.
+            let result = unsafe { sys::cuFuncGetParamInfo(raw, i, &mut offset, &mut size) };
+            (result == sys::CUresult::CUDA_SUCCESS).then_some(size)
+        };
+        Function { raw, parameters: Some((0..).map_while(size_of).collect()) }
+    }
+
     pub(super) fn raw(&self) -> sys::CUfunction {
         self.raw
     }
 
     /// # Errors
-    /// `Internal` if the kernel takes other parameters. Looked at in debug builds, where the driver can tell.
-    pub(super) fn check_parameters(&self, gpu: &Gpu, parameters: &[&dyn Parameter]) -> Result<()> {
-        if !cfg!(debug_assertions) || !driver::has(c"cuFuncGetParamInfo") {
+    /// `Internal` if the kernel takes other parameters, as far as sizes tell.
+    pub(super) fn check_parameters(&self, name: &str, given: &[&dyn Parameter]) -> Result<()> {
+        let Some(declared) = &self.parameters else { return Ok(()) };
+        let sizes = given.iter().map(|parameter| size_of_val(*parameter));
+        if sizes.clone().eq(declared.iter().copied()) {
             return Ok(());
         }
-        let size_of = |i: usize| {
-            let (mut offset, mut size) = (0, 0);
-            // SAFETY: the function is loaded; both numbers outlive the call. Beyond the last it fails.
-            let result = unsafe { sys::cuFuncGetParamInfo(self.raw, i, &mut offset, &mut size) };
-            (result == sys::CUresult::CUDA_SUCCESS).then_some(size)
-        };
-        for (i, parameter) in parameters.iter().enumerate() {
-            let given = size_of_val(*parameter);
-            if size_of(i) != Some(given) {
-                let found = format!("parameter {i} has {given} bytes, the kernel's {:?}", size_of(i));
-                return Err(Error::internal(format!("a kernel on {}", gpu.label()), found));
-            }
-        }
-        match size_of(parameters.len()) {
-            None => Ok(()),
-            Some(_) => Err(Error::internal("a kernel", format!("more than {} parameters", parameters.len()))),
-        }
+        let found = format!("parameters of {:?} bytes for {declared:?}", sizes.collect::<Vec<_>>());
+        Err(Error::internal(format!("the kernel {name}"), found))
     }
 
     /// Permits a block this much dynamic shared memory.
@@ -142,7 +144,7 @@ impl Module {
     pub fn function(&self, gpu: &Gpu, name: &'static str, precision: Option<Precision>) -> Result<Function> {
         let mut functions = lock(&self.functions);
         if let Some(function) = functions.get(&(name, precision)) {
-            return Ok(*function);
+            return Ok(function.clone());
         }
         let whole = match precision {
             Some(precision) => format!("{name}_{}", precision.suffix()),
@@ -153,8 +155,9 @@ impl Module {
         // SAFETY: the module is loaded; `raw` and the name outlive the call.
         let result = unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr()) };
         gpu.check(&format!("cuModuleGetFunction {whole}"), result)?;
-        functions.insert((name, precision), Function { raw });
-        Ok(Function { raw })
+        let function = Function::new(raw);
+        functions.insert((name, precision), function.clone());
+        Ok(function)
     }
 }
 
@@ -226,8 +229,8 @@ impl Compiler {
         let (source, header) = (text(program.kernels.source)?, text(HEADER)?);
         let name = text(&format!("{}.cu", program.kernels.name))?;
         let architecture = format!("--gpu-architecture={}", program.architecture);
-        let options =
-            OPTIONS.iter().copied().chain([architecture.as_str()]).map(text).collect::<Result<Vec<_>>>()?;
+        let options = OPTIONS.lines().filter(|line| line.starts_with("--")).chain([architecture.as_str()]);
+        let options = options.map(text).collect::<Result<Vec<_>>>()?;
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let mut raw = std::ptr::null_mut();
         // SAFETY: all texts outlive the calls.

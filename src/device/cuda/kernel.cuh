@@ -86,6 +86,15 @@ template <class T, int N> __device__ __forceinline__ void store_pack(T *p, const
     *reinterpret_cast<Pack<T, N> *>(p) = v;
 }
 
+// Whether a pack of 16 bytes may begin at an address.
+__device__ __forceinline__ bool is_aligned(const void *p) { return ((u64)p & 15) == 0; }
+
+// The number of this thread in a line of blocks.
+__device__ __forceinline__ i64 thread_number() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// a / b for a from 0 on: in 32 bits where they hold it, which takes a third of the time.
+__device__ __forceinline__ i64 quotient(i64 a, int b) { return a >> 32 ? a / b : (i64)((u32)a / (u32)b); }
+
 #define INFINITY_F __uint_as_float(0x7f800000u)
 
 // --- Sums -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 mod accelerator;
 mod cache;
 mod compile;
+mod copy;
 mod driver;
 pub(crate) mod gemm;
 mod gpu;
@@ -20,6 +21,7 @@ mod stream;
 
 pub use accelerator::Accelerator;
 pub use compile::Kernels;
+pub use copy::Copy;
 pub use gemm::{Batch, Matrix, Product, Tail};
 pub use gpu::{Capability, Gpu, GpuInfo, describe, gpus};
 pub use graph::{Graph, StepMemory};

@@ -177,7 +177,7 @@ impl Stream {
         let gpu = self.gpu();
         let _bound = gpu.bind()?;
         let function = gpu.module(kernels)?.function(gpu, name, precision)?;
-        function.check_parameters(gpu, parameters)?;
+        function.check_parameters(name, parameters)?;
         if launch.shared_bytes > 0 {
             function.allow_shared(gpu, launch.shared_bytes)?;
         }

@@ -62,7 +62,9 @@ API cuModuleLoadData(void **handle, const void *data) {
     Image image;
     if (!read((const char *)data, &image)) return INVALID_IMAGE;
     if (!fits(image.target)) return NO_BINARY_FOR_GPU;
-    void *library = dlopen(image.path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    // A sanitizer looks for the names of functions when it reports, which may be after an unload.
+    static const int kept = getenv("CUEMU_CXXFLAGS") ? RTLD_NODELETE : 0;
+    void *library = dlopen(image.path.c_str(), RTLD_NOW | RTLD_LOCAL | kept);
     if (!library) {
         complain("%s", dlerror());
         return INVALID_IMAGE;
@@ -116,9 +118,7 @@ API cuFuncSetAttribute(void *handle, int attribute, int value) {
     Function *function = function_of(handle);
     if (!function) return INVALID_HANDLE;
     if (attribute != 8) return attribute == 9 ? SUCCESS : INVALID_VALUE;
-    int most = 0;
-    if (int error = cuDeviceGetAttribute(&most, 97, function->module->context->device)) return error;
-    if (value < 0 || value > most) return INVALID_VALUE;
+    if (value < 0 || value > device_attribute(97)) return INVALID_VALUE;
     function->most_dynamic = value;
     return SUCCESS;
 }

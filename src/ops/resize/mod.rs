@@ -3,6 +3,8 @@
 //! An output pixel i is the mean of the input around `scale * (i + 0.5)`, weighted by the filter stretched by
 //! `max(scale, 1)`, with `scale = in / out` (ATen/native/UpSample.h).
 
+mod cuda;
+
 use std::sync::Mutex;
 
 use crate::device::Context;
@@ -65,6 +67,20 @@ impl Axis {
     pub(crate) fn whole(input: usize, output: usize) -> Self {
         Axis { input, grid: output, start: 0, output }
     }
+
+    /// Input pixels per output pixel.
+    fn scale(&self, corners: Corners) -> f64 {
+        match corners {
+            Corners::Edges => self.input as f64 / self.grid as f64,
+            Corners::Centres if self.grid == 1 => 0.0,
+            Corners::Centres => (self.input - 1) as f64 / (self.grid - 1) as f64,
+        }
+    }
+
+    /// The taps of a pixel: at most the support on either side, rounded up, and at most all.
+    fn most_taps(&self, support: f64) -> usize {
+        ((2.0 * support).ceil() as usize + 2).min(self.input)
+    }
 }
 
 /// For each output pixel the first input pixel and the weights from there on.
@@ -77,15 +93,10 @@ struct Taps {
 
 impl Taps {
     fn new(axis: Axis, filter: Filter, corners: Corners) -> Result<Self> {
-        let scale = match corners {
-            Corners::Edges => axis.input as f64 / axis.grid as f64,
-            Corners::Centres if axis.grid == 1 => 0.0,
-            Corners::Centres => (axis.input - 1) as f64 / (axis.grid - 1) as f64,
-        };
+        let scale = axis.scale(corners);
         let stretch = scale.max(1.0);
         let support = filter.radius() * stretch;
-        // The taps of a pixel: at most the support on either side, rounded up, and at most all.
-        let most = ((2.0 * support).ceil() as usize + 2).min(axis.input);
+        let most = axis.most_taps(support);
         let mut taps = Taps { first: Vec::new(), begin: Vec::new(), weights: Vec::new() };
         let bytes = axis.output.saturating_mul(most).saturating_mul(size_of::<f32>());
         let out_of_memory = |_| Error::out_of_memory("the weights of a resize", bytes);
@@ -116,7 +127,7 @@ impl Taps {
 /// A picture of another size.
 ///
 /// # Shapes
-/// `[N, H, W, C]` to `[N, height, width, C]`, F32.
+/// `[N, H, W, C]` to `[N, height, width, C]`, F32, on a GPU of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` for another shape or type, or a side of 0; `OutOfMemory`; `Cancelled`.
@@ -144,6 +155,9 @@ pub(crate) fn resize_axes(
     if n * h * w * c == 0 || vertical.output * horizontal.output == 0 {
         let found = format!("{} to {} x {}", input.shape(), vertical.output, horizontal.output);
         return Err(Error::argument("the size of a resize", "no side of 0", found));
+    }
+    if let Some(stream) = cx.cuda()? {
+        return cuda::resize(cx, stream, input, [vertical, horizontal], (filter, corners));
     }
     let (out_h, out_w) = (vertical.output, horizontal.output);
     let values = input.slice::<f32>()?;
@@ -196,4 +210,37 @@ pub(crate) fn over_rows(
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cuda::Precision;
+    use crate::ops::check;
+
+    #[test]
+    fn a_gpu_agrees() {
+        let halves = [(Precision::F32, 1e-6), (Precision::BF16, 2e-2), (Precision::F16, 2e-3)];
+        for (dims, size) in [
+            ([1usize, 1, 1, 1], [3usize, 2]),
+            ([2, 5, 3, 1], [9, 1]),
+            ([1, 7, 12, 5], [7, 40]),
+            ([2, 40, 33, 3], [11, 7]),
+        ] {
+            let x = check::random(&dims, 1);
+            for (filter, corners) in [
+                (Filter::Bicubic, Corners::Edges),
+                (Filter::Bicubic, Corners::Centres),
+                (Filter::Bilinear, Corners::Edges),
+                (Filter::Bilinear, Corners::Centres),
+            ] {
+                check::on_device(&[&x], &halves, |cx, t| resize(cx, &t[0], size, filter, corners));
+            }
+            let part = Axis { input: dims[1], grid: 2 * size[0], start: size[0], output: size[0] };
+            let axes = [part, Axis::whole(dims[2], size[1])];
+            check::on_device(&[&x], &halves, |cx, t| {
+                resize_axes(cx, &t[0], axes, Filter::Bicubic, Corners::Edges)
+            });
+        }
+    }
 }

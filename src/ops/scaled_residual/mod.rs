@@ -1,5 +1,7 @@
 //! A residual sum with a learnt factor: the end of each half of a Stage A block.
 
+mod cuda;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels::{self, mul_add, per_cpu};
@@ -44,7 +46,8 @@ per_cpu! {
 /// `residual + gain * y`.
 ///
 /// # Shapes
-/// `y` and `residual` of one shape, `F32`; `gain` has one element, of any float type.
+/// `y` and `residual` of one shape, `F32`, on a GPU of any float type, and so is the result: of that of `y`; `gain`
+/// has one element, of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
@@ -52,18 +55,18 @@ pub fn scaled_residual(cx: &Context, y: &Tensor, gain: &Tensor, residual: &Tenso
     if y.dims() != residual.dims() {
         return Err(Error::argument("scaled residual", format!("the shape {}", y.shape()), residual.shape()));
     }
-    let factor = kernels::scalar("residual gain", gain)?;
-    let (values, kept) = (y.slice::<f32>()?, residual.slice::<f32>()?);
-    let mut out = Tensor::new(cx, "scaled residual", y.dims(), DType::F32)?;
-    kernels::parallel_chunks(cx, out.slice_mut()?, CHUNK, |i, part| {
-        let range = i * CHUNK..i * CHUNK + part.len();
-        add_scaled(&values[range.clone()], factor, &kept[range], part);
-    })?;
+    if gain.elements() != 1 {
+        return Err(Error::argument("residual gain", "1 element", gain.shape()));
+    }
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::add(cx, stream, y, gain, residual)?,
+        None => add(cx, y, gain, residual)?,
+    };
     record(cx, out, &[Some(y), Some(gain), Some(residual)], || {
         let (to_y, to_gain, to_residual) = (y.tracked(), gain.tracked(), residual.tracked());
-        let y = to_gain.map(|_| y.clone());
+        let (y, gain) = (to_gain.map(|_| y.clone()), gain.constant());
         move |cx, flow| {
-            flow.give(cx, to_y, |g| of_y(cx, g, factor))?;
+            flow.give(cx, to_y, |g| of_y(cx, g, &gain))?;
             if let Some(y) = y {
                 flow.give(cx, to_gain, |g| of_gain(cx, g, &y))?;
             }
@@ -72,8 +75,23 @@ pub fn scaled_residual(cx: &Context, y: &Tensor, gain: &Tensor, residual: &Tenso
     })
 }
 
+fn add(cx: &Context, y: &Tensor, gain: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    let factor = kernels::scalar("residual gain", gain)?;
+    let (values, kept) = (y.slice::<f32>()?, residual.slice::<f32>()?);
+    let mut out = Tensor::new(cx, "scaled residual", y.dims(), DType::F32)?;
+    kernels::parallel_chunks(cx, out.slice_mut()?, CHUNK, |i, part| {
+        let range = i * CHUNK..i * CHUNK + part.len();
+        add_scaled(&values[range.clone()], factor, &kept[range], part);
+    })?;
+    Ok(out)
+}
+
 /// The gradient of what was scaled: `gain * g`.
-fn of_y(cx: &Context, gradient: &Tensor, gain: f32) -> Result<Tensor> {
+fn of_y(cx: &Context, gradient: &Tensor, gain: &Tensor) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::of_y(cx, stream, gradient, gain);
+    }
+    let gain = kernels::scalar("residual gain", gain)?;
     let values = gradient.slice::<f32>()?;
     let mut out = Tensor::new(cx, "scaled residual gradient", gradient.dims(), DType::F32)?;
     kernels::parallel_chunks(cx, out.slice_mut()?, CHUNK, |i, part| {
@@ -84,6 +102,9 @@ fn of_y(cx: &Context, gradient: &Tensor, gain: f32) -> Result<Tensor> {
 
 /// The gradient of the gain: the sum of `g * y`.
 fn of_gain(cx: &Context, gradient: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::of_gain(cx, stream, gradient, y);
+    }
     let (g, y) = (gradient.slice::<f32>()?, y.slice::<f32>()?);
     let mut parts = Tensor::new(cx, "gain gradient", &[g.len().div_ceil(CHUNK)], DType::F32)?;
     kernels::parallel_chunks(cx, parts.slice_mut()?, 1, |i, part| {
@@ -96,6 +117,7 @@ fn of_gain(cx: &Context, gradient: &Tensor, y: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     #[test]
@@ -108,6 +130,8 @@ mod tests {
                 check::wide(&y).iter().zip(check::wide(&r)).map(|(y, r)| y * factor + r).collect();
             let sum = check::on_threads(|cx| scaled_residual(cx, &y, &gain, &r));
             check::close(&sum, dims, &expected, 1e-6);
+            let halves = [(Precision::F32, 1e-6), (Precision::BF16, 1e-2), (Precision::F16, 2e-3)];
+            check::on_device(&[&y, &gain, &r], &halves, |cx, t| scaled_residual(cx, &t[0], &t[1], &t[2]));
         }
         let (cx, x) = (check::cx(), check::random(&[2, 3], 1));
         assert!(scaled_residual(&cx, &x, &x, &x).is_err());
@@ -122,6 +146,8 @@ mod tests {
             let gains = check::cast(&check::random(&[3], 2), DType::BF16);
             check::gradients(&[check::random(dims, 1), gains, check::random(dims, 3)], op, definition);
         }
+        let moved = [&[3usize, 70, 130][..], &[3], &[3, 70, 130]].map(|dims| check::random(dims, 1));
+        check::gradients_on_device(&moved, op);
         // The same tensor twice.
         let (x, gain) = (check::random(&[2, 7], 1), check::random(&[1], 2));
         let twice = |cx: &Context, t: &[Tensor]| scaled_residual(cx, &t[0], &t[1], &t[0]);

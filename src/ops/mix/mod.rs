@@ -1,6 +1,8 @@
 //! Each sample of a batch by a factor of its own, alone or mixed with another's: forward diffusion, and embeddings
 //! that are noised or dropped.
 
+mod cuda;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels::{self, mul_add};
@@ -28,7 +30,7 @@ simd_dispatch! {
 /// `a[n] * x[n, ..] + b[n] * y[n, ..]`.
 ///
 /// # Shapes
-/// `x`, `y` and the result `[N, ..]`, `F32`; `a` and `b` N numbers each.
+/// `x`, `y` and the result `[N, ..]`, `F32`, on a GPU of the type of `x`; `a` and `b` N numbers each.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes or counts differ.
@@ -38,11 +40,17 @@ pub fn mix(cx: &Context, x: &Tensor, y: &Tensor, a: &[f32], b: &[f32]) -> Result
     }
     let sample = sample_elements(x, a)?;
     sample_elements(y, b)?;
-    let (first, second) = (x.slice::<f32>()?, y.slice::<f32>()?);
-    let mut out = Tensor::new(cx, "a mixture", x.dims(), DType::F32)?;
-    kernels::parallel_samples(cx, out.slice_mut()?, sample, |n, start, part| {
-        mix_slices(&first[start..][..part.len()], &second[start..][..part.len()], [a[n], b[n]], part);
-    })?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::mix(cx, stream, (x, a), Some((y, b)))?,
+        None => {
+            let (first, second) = (x.slice::<f32>()?, y.slice::<f32>()?);
+            let mut out = Tensor::new(cx, "a mixture", x.dims(), DType::F32)?;
+            kernels::parallel_samples(cx, out.slice_mut()?, sample, |n, start, part| {
+                mix_slices(&first[start..][..part.len()], &second[start..][..part.len()], [a[n], b[n]], part);
+            })?;
+            out
+        }
+    };
     record(cx, out, &[Some(x), Some(y)], || {
         let (to_x, to_y) = (x.tracked(), y.tracked());
         let (a, b) = (a.to_vec(), b.to_vec());
@@ -56,7 +64,7 @@ pub fn mix(cx: &Context, x: &Tensor, y: &Tensor, a: &[f32], b: &[f32]) -> Result
 /// `factors[n] * x[n, ..]`: with factors of 0 and more, stochastic depth (Huang et al. 2016).
 ///
 /// # Shapes
-/// `x` and the result `[N, ..]`, `F32`; N factors.
+/// `x` and the result `[N, ..]`, `F32`, on a GPU of any float type; N factors.
 ///
 /// # Errors
 /// `InvalidArgument` for another number of factors.
@@ -70,6 +78,9 @@ pub fn scale_samples(cx: &Context, x: &Tensor, factors: &[f32]) -> Result<Tensor
 
 fn scaled(cx: &Context, x: &Tensor, factors: &[f32]) -> Result<Tensor> {
     let sample = sample_elements(x, factors)?;
+    if let Some(stream) = cx.cuda()? {
+        return cuda::mix(cx, stream, (x, factors), None);
+    }
     let values = x.slice::<f32>()?;
     let mut out = Tensor::new(cx, "scaled samples", x.dims(), DType::F32)?;
     kernels::parallel_samples(cx, out.slice_mut()?, sample, |n, start, part| {
@@ -93,9 +104,10 @@ pub(crate) fn sample_elements(x: &Tensor, factors: &[f32]) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
-    const SHAPES: [&[usize]; 4] = [&[1], &[3, 1], &[3, 5, 7], &[2, 90, 200]];
+    const SHAPES: [&[usize]; 5] = [&[1], &[3, 1], &[3, 5, 7], &[2, 90, 200], &[70, 9]];
 
     fn factors(count: usize, seed: u64) -> Vec<f32> {
         check::random(&[count], seed).slice().unwrap().to_vec()
@@ -122,6 +134,9 @@ mod tests {
             let expected = definition(&check::wide(&x), &check::wide(&y), &a, &zeros);
             let scaled = check::on_threads(|cx| scale_samples(cx, &x, &a));
             check::close(&scaled, dims, &expected, 1e-7);
+            let halves = [(Precision::F32, 1e-6), (Precision::BF16, 1e-2), (Precision::F16, 2e-3)];
+            check::on_device(&[&x, &y], &halves, |cx, t| mix(cx, &t[0], &t[1], &a, &b));
+            check::on_device(&[&x], &halves, |cx, t| scale_samples(cx, &t[0], &a));
         }
         let (cx, x) = (check::cx(), check::random(&[2, 3], 1));
         assert!(mix(&cx, &x, &x, &[1.0], &[1.0, 1.0]).is_err());
@@ -135,6 +150,7 @@ mod tests {
         for dims in &SHAPES[..3] {
             let inputs = [check::random(dims, 1), check::random(dims, 2)];
             let (a, b) = (factors(dims[0], 3), factors(dims[0], 4));
+            check::gradients_on_device(&inputs, |cx, x| mix(cx, &x[0], &x[1], &a, &b));
             check::gradients(
                 &inputs,
                 |cx, x| mix(cx, &x[0], &x[1], &a, &b),

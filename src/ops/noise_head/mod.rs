@@ -1,5 +1,7 @@
 //! The noise prediction of the diffusion models from their last layers, whose channels are a, then b.
 
+mod cuda;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
@@ -21,14 +23,7 @@ const BOUND: f32 = 1e-3;
 /// # Errors
 /// `InvalidArgument` for other shapes; `OutOfMemory`.
 pub fn noise_from_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor> {
-    let divisor = |b: &mut [f32]| b.iter_mut().for_each(|b| *b = (1.0 - *b).abs() + EPS);
-    let slope = |b: &mut [f32]| b.iter_mut().for_each(|b| *b = sign(*b - 1.0));
-    quotient(cx, x, head, divisor, slope)
-}
-
-/// 1 above 0, -1 below, and 0 there.
-fn sign(x: f32) -> f32 {
-    f32::from(i8::from(x > 0.0) - i8::from(x < 0.0))
+    quotient(cx, x, head, Divisor::Plain)
 }
 
 /// (x - a) / (sigmoid(b) (1 - 2e-3) + 1e-3): the decoder of v2 (diffusers, `WuerstchenDiffNeXt`).
@@ -39,36 +34,88 @@ fn sign(x: f32) -> f32 {
 /// # Errors
 /// As [`noise_from_head`].
 pub fn noise_from_bounded_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor> {
-    let divisor = |b: &mut [f32]| {
-        Activation::Sigmoid.apply(b);
-        b.iter_mut().for_each(|b| *b = *b * (1.0 - 2.0 * BOUND) + BOUND);
-    };
-    let slope = |b: &mut [f32]| {
-        Activation::Sigmoid.apply(b);
-        b.iter_mut().for_each(|b| *b = *b * (1.0 - *b) * (1.0 - 2.0 * BOUND));
-    };
-    quotient(cx, x, head, divisor, slope)
+    quotient(cx, x, head, Divisor::Bounded)
 }
 
-/// (x - a) / divisor(b). `slope` is the derivative of `divisor`.
-fn quotient(
-    cx: &Context,
-    x: &Tensor,
-    head: &Tensor,
-    divisor: impl Fn(&mut [f32]) + Send + Sync + 'static,
-    slope: impl Fn(&mut [f32]) + Send + Sync + 'static,
-) -> Result<Tensor> {
+/// What the difference is divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Divisor {
+    /// |1 - b| + 1e-5.
+    Plain,
+    /// sigmoid(b) (1 - 2e-3) + 1e-3.
+    Bounded,
+}
+
+impl Divisor {
+    /// b <- divisor(b)
+    fn apply(self, b: &mut [f32]) {
+        match self {
+            Divisor::Plain => b.iter_mut().for_each(|b| *b = (1.0 - *b).abs() + EPS),
+            Divisor::Bounded => {
+                Activation::Sigmoid.apply(b);
+                b.iter_mut().for_each(|b| *b = *b * (1.0 - 2.0 * BOUND) + BOUND);
+            }
+        }
+    }
+
+    /// b <- the derivative at b.
+    fn slope(self, b: &mut [f32]) {
+        match self {
+            Divisor::Plain => b.iter_mut().for_each(|b| *b = sign(*b - 1.0)),
+            Divisor::Bounded => {
+                Activation::Sigmoid.apply(b);
+                b.iter_mut().for_each(|b| *b = *b * (1.0 - *b) * (1.0 - 2.0 * BOUND));
+            }
+        }
+    }
+}
+
+/// 1 above 0, -1 below, and 0 there.
+fn sign(x: f32) -> f32 {
+    f32::from(i8::from(x > 0.0) - i8::from(x < 0.0))
+}
+
+/// (x - a) / divisor(b)
+fn quotient(cx: &Context, x: &Tensor, head: &Tensor, divisor: Divisor) -> Result<Tensor> {
     let channels = x.shape().channels();
     if head.shape().rows() != x.shape().rows() || head.shape().channels() != 2 * channels {
         let expected = format!("{:?} with {} channels", x.dims(), 2 * channels);
         return Err(Error::argument("noise head", expected, head.shape()));
     }
+    let noise = match cx.cuda()? {
+        Some(stream) => cuda::quotient(cx, stream, x, head, divisor)?,
+        None => quotient_on_host(cx, x, head, divisor)?,
+    };
+    let kept = noise.clone();
+    record(cx, noise, &[Some(x), Some(head)], || {
+        let (to_x, to_head) = (x.tracked(), head.tracked());
+        let (head, noise) = (head.constant(), to_head.map(|_| kept));
+        move |cx, flow| {
+            if let Some(stream) = cx.cuda()? {
+                let of = (flow.gradient(), &head, noise.as_ref());
+                let [dx, dhead] = cuda::gradients(cx, stream, of, to_x.is_some(), divisor)?;
+                if let Some(dhead) = dhead {
+                    flow.give(cx, to_head, |_| Ok(dhead))?;
+                }
+                return dx.map_or(Ok(()), |dx| flow.give(cx, to_x, |_| Ok(dx)));
+            }
+            let shares = over_divisor(cx, flow.gradient(), &head, divisor)?;
+            if let Some(noise) = noise {
+                flow.give(cx, to_head, |_| head_gradient(cx, &shares, &noise, &head, divisor))?;
+            }
+            flow.give(cx, to_x, |_| Ok(shares))
+        }
+    })
+}
+
+fn quotient_on_host(cx: &Context, x: &Tensor, head: &Tensor, divisor: Divisor) -> Result<Tensor> {
+    let channels = x.shape().channels();
     let (input, values) = (x.slice::<f32>()?, head.slice::<f32>()?);
     let mut noise = Tensor::new(cx, "predicted noise", x.dims(), DType::F32)?;
     let chunk = kernels::rows_per_task(channels) * channels;
     kernels::parallel_chunks(cx, noise.slice_mut()?, chunk, |i, part| {
         let head = &values[2 * i * chunk..][..2 * part.len()];
-        of_second_half(head, channels, part, &divisor);
+        divisors(head, channels, part, divisor);
         let rows = input[i * chunk..][..part.len()].chunks_exact(channels);
         let rows = rows.zip(head.chunks_exact(2 * channels));
         for (out, (x, head)) in part.chunks_exact_mut(channels).zip(rows) {
@@ -77,41 +124,25 @@ fn quotient(
             }
         }
     })?;
-    let kept = noise.clone();
-    record(cx, noise, &[Some(x), Some(head)], || {
-        let (to_x, to_head) = (x.tracked(), head.tracked());
-        let (head, noise) = (head.constant(), to_head.map(|_| kept));
-        move |cx, flow| {
-            let shares = over_divisor(cx, flow.gradient(), &head, &divisor)?;
-            if let Some(noise) = noise {
-                flow.give(cx, to_head, |_| head_gradient(cx, &shares, &noise, &head, &slope))?;
-            }
-            flow.give(cx, to_x, |_| Ok(shares))
-        }
-    })
+    Ok(noise)
 }
 
-/// `function` of all of b. A few numbers at a time would not fill a vector.
-fn of_second_half(head: &[f32], channels: usize, out: &mut [f32], function: &impl Fn(&mut [f32])) {
+/// The divisors of all of b. A few numbers at a time would not fill a vector.
+fn divisors(head: &[f32], channels: usize, out: &mut [f32], divisor: Divisor) {
     for (out, head) in out.chunks_exact_mut(channels).zip(head.chunks_exact(2 * channels)) {
         out.copy_from_slice(&head[channels..]);
     }
-    function(out);
+    divisor.apply(out);
 }
 
 /// g / divisor(b): the gradient of x.
-fn over_divisor(
-    cx: &Context,
-    g: &Tensor,
-    head: &Tensor,
-    divisor: &(impl Fn(&mut [f32]) + Sync),
-) -> Result<Tensor> {
+fn over_divisor(cx: &Context, g: &Tensor, head: &Tensor, divisor: Divisor) -> Result<Tensor> {
     let channels = g.shape().channels();
     let mut out = Tensor::new(cx, "gradient of the noise", g.dims(), DType::F32)?;
     let (g, head) = (g.slice::<f32>()?, head.slice::<f32>()?);
     let chunk = kernels::rows_per_task(channels) * channels;
     kernels::parallel_chunks(cx, out.slice_mut()?, chunk, |i, part| {
-        of_second_half(&head[2 * i * chunk..][..2 * part.len()], channels, part, divisor);
+        divisors(&head[2 * i * chunk..][..2 * part.len()], channels, part, divisor);
         part.iter_mut().zip(&g[i * chunk..]).for_each(|(out, g)| *out = g / *out);
     })?;
     Ok(out)
@@ -123,7 +154,7 @@ fn head_gradient(
     shares: &Tensor,
     noise: &Tensor,
     head: &Tensor,
-    slope: &(impl Fn(&mut [f32]) + Sync),
+    divisor: Divisor,
 ) -> Result<Tensor> {
     let channels = shares.shape().channels();
     let (shares, noise, values) = (shares.slice::<f32>()?, noise.slice::<f32>()?, head.slice::<f32>()?);
@@ -132,7 +163,7 @@ fn head_gradient(
     kernels::parallel_chunks(cx, out.slice_mut()?, 2 * rows * channels, |i, part| {
         part.copy_from_slice(&values[2 * i * rows * channels..][..part.len()]);
         // Of a too, which is overwritten: whole rows are what fills vectors.
-        slope(part);
+        divisor.slope(part);
         for (row, part) in (i * rows..).zip(part.chunks_exact_mut(2 * channels)) {
             let (of_a, of_b) = part.split_at_mut(channels);
             let terms = shares[row * channels..].iter().zip(&noise[row * channels..]);
@@ -147,6 +178,7 @@ fn head_gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     #[test]
@@ -170,6 +202,11 @@ mod tests {
             });
             // Where b is close to 1, its rounding is all there is.
             check::close(&plain, &dims, &expected(|b| (1.0 - b).abs() + 1e-5), 1e-4);
+            let halves = [(Precision::F32, 1e-6), (Precision::BF16, 5e-2), (Precision::F16, 1e-2)];
+            check::on_device(&[&x, &head], &halves, |cx, t| noise_from_bounded_head(cx, &t[0], &t[1]));
+            check::on_device(&[&x, &head], &[(Precision::F32, 1e-4)], |cx, t| {
+                noise_from_head(cx, &t[0], &t[1])
+            });
         }
         let (cx, x) = (check::cx(), check::random(&[1, 2, 2, 3], 1));
         assert!(noise_from_bounded_head(&cx, &x, &check::random(&[1, 2, 2, 3], 1)).is_err());
@@ -195,6 +232,7 @@ mod tests {
                 |cx, x| noise_from_head(cx, &x[0], &x[1]),
                 |x| definition(&x[0], &x[1], plain),
             );
+            check::gradients_on_device(&inputs, |cx, x| noise_from_head(cx, &x[0], &x[1]));
             let head = check::wide(&inputs[1]);
             check::gradients(
                 &inputs[..1],

@@ -1,5 +1,7 @@
 //! The mean over the pixels of an image.
 
+mod cuda;
+
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::kernels::{self, per_cpu};
@@ -27,11 +29,23 @@ per_cpu! {
 /// `y[n, c] = mean over i, j of x[n, i, j, c]`; 0 for an image without pixels.
 ///
 /// # Shapes
-/// `x` `[N, H, W, C]`; the result `[N, C]`.
+/// `x` `[N, H, W, C]`; the result `[N, C]`. `F32`, on a GPU of any float type.
 ///
 /// # Errors
-/// `InvalidArgument` if `x` is not `[N, H, W, C]` of `F32`.
+/// `InvalidArgument` if `x` is not `[N, H, W, C]` of such a type.
 pub fn pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
+    let [_, height, width, _] = x.dims_of::<4>("pool input")?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::pool(cx, stream, x)?,
+        None => pool_on_host(cx, x)?,
+    };
+    record(cx, out, &[Some(x)], || {
+        let (to, dims) = (x.tracked(), x.shape());
+        move |cx, flow| flow.give(cx, to, |g| spread(cx, g, dims.dims(), height * width))
+    })
+}
+
+fn pool_on_host(cx: &Context, x: &Tensor) -> Result<Tensor> {
     let [samples, height, width, channels] = x.dims_of::<4>("pool input")?;
     let input = x.slice::<f32>()?;
     let pixels = height * width;
@@ -48,14 +62,14 @@ pub fn pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
         sum_rows(&partial[n * blocks * channels..][..blocks * channels], means);
         means.iter_mut().for_each(|v| *v /= pixels.max(1) as f32);
     })?;
-    record(cx, out, &[Some(x)], || {
-        let (to, dims) = (x.tracked(), x.shape());
-        move |cx, flow| flow.give(cx, to, |g| spread(cx, g, dims.dims(), pixels))
-    })
+    Ok(out)
 }
 
 /// A share of the mean's gradient for each of its pixels.
 fn spread(cx: &Context, g: &Tensor, dims: &[usize], pixels: usize) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::spread(cx, stream, g, dims, pixels);
+    }
     let (channels, share) = (g.shape().channels(), 1.0 / pixels.max(1) as f32);
     let means = g.slice::<f32>()?;
     let mut out = Tensor::new(cx, "gradient of a pool", dims, DType::F32)?;
@@ -72,6 +86,7 @@ fn spread(cx: &Context, g: &Tensor, dims: &[usize], pixels: usize) -> Result<Ten
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     #[test]
@@ -87,6 +102,8 @@ mod tests {
                 })
                 .collect();
             check::close(&check::on_batch(&x, |cx, x, _, _| pool(cx, x)), &[n, c], &expected, 5e-7);
+            let halves = [(Precision::F32, 1e-6), (Precision::BF16, 1e-2), (Precision::F16, 2e-3)];
+            check::on_device(&[&x], &halves, |cx, t| pool(cx, &t[0]));
         }
         assert!(pool(&check::cx(), &check::random(&[2, 3, 4], 1)).is_err());
     }
@@ -94,6 +111,7 @@ mod tests {
     #[test]
     fn gradients_are_those_of_the_definition() {
         for [n, h, w, c] in [[1usize, 1, 1, 1], [3, 2, 7, 5]] {
+            check::gradients_on_device(&[check::random(&[n, h, w, c], 1)], |cx, x| pool(cx, &x[0]));
             check::gradients(
                 &[check::random(&[n, h, w, c], 1)],
                 |cx, x| pool(cx, &x[0]),

@@ -1,5 +1,7 @@
 //! Pixels to channels and back (Shi et al. 2016), in PyTorch's order of channels.
 
+mod cuda;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
@@ -10,7 +12,7 @@ use crate::tensor::{DType, Tensor};
 /// `y[n, i, j, c*r*r + u*r + v] = x[n, i*r+u, j*r+v, c]`.
 ///
 /// # Shapes
-/// `x` `[N, H, W, C]`, H and W multiples of `r`; the result `[N, H/r, W/r, C*r*r]`.
+/// `x` `[N, H, W, C]`, H and W multiples of `r`; the result `[N, H/r, W/r, C*r*r]`. `F32`, on a GPU of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` if `r` is 0 or does not divide the size.
@@ -19,8 +21,23 @@ pub fn pixel_unshuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
     if r == 0 || height % r != 0 || width % r != 0 {
         return Err(Error::argument("pixel_unshuffle input", format!("a multiple of {r} pixels"), x.shape()));
     }
-    let input = x.slice::<f32>()?;
     let dims = [n, height / r, width / r, channels * r * r];
+    let out = match cx.cuda()? {
+        Some(stream) => {
+            let p = cuda::Shuffle { kernel: "pixel_unshuffle", dims, r, width: dims[2], channels };
+            cuda::shuffle(cx, stream, x, &p)?
+        }
+        None => unshuffle_on_host(cx, x, dims, r)?,
+    };
+    record(cx, out, &[Some(x)], || {
+        let to = x.tracked();
+        move |cx, flow| flow.give(cx, to, |g| pixel_shuffle(cx, g, r))
+    })
+}
+
+fn unshuffle_on_host(cx: &Context, x: &Tensor, dims: [usize; 4], r: usize) -> Result<Tensor> {
+    let [_, _, width, channels] = x.dims_of::<4>("pixel_unshuffle input")?;
+    let input = x.slice::<f32>()?;
     let mut out = Tensor::new(cx, "pixel_unshuffle", &dims, DType::F32)?;
     let row = dims[2] * dims[3];
     kernels::parallel_chunks(cx, out.slice_mut()?, row, |line, part| {
@@ -42,10 +59,7 @@ pub fn pixel_unshuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             }
         }
     })?;
-    record(cx, out, &[Some(x)], || {
-        let to = x.tracked();
-        move |cx, flow| flow.give(cx, to, |g| pixel_shuffle(cx, g, r))
-    })
+    Ok(out)
 }
 
 /// The inverse of [`pixel_unshuffle`].
@@ -64,16 +78,25 @@ pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             x.shape(),
         ));
     }
-    let input = x.slice::<f32>()?;
     let dims = [n, height * r, width * r, channels / (r * r)];
+    let out = match cx.cuda()? {
+        Some(stream) => {
+            let p = cuda::Shuffle { kernel: "pixel_shuffle", dims, r, width, channels: dims[3] };
+            cuda::shuffle(cx, stream, x, &p)?
+        }
+        None => shuffle_on_host(cx, x, dims, r)?,
+    };
+    record(cx, out, &[Some(x)], || {
+        let to = x.tracked();
+        move |cx, flow| flow.give(cx, to, |g| pixel_unshuffle(cx, g, r))
+    })
+}
+
+fn shuffle_on_host(cx: &Context, x: &Tensor, dims: [usize; 4], r: usize) -> Result<Tensor> {
+    let [_, _, width, channels] = x.dims_of::<4>("pixel_shuffle input")?;
+    let input = x.slice::<f32>()?;
     let mut out = Tensor::new(cx, "pixel_shuffle", &dims, DType::F32)?;
     let row = dims[2] * dims[3];
-    let recorded = |cx: &Context, out| {
-        record(cx, out, &[Some(x)], || {
-            let to = x.tracked();
-            move |cx, flow| flow.give(cx, to, |g| pixel_unshuffle(cx, g, r))
-        })
-    };
     if r == 2 {
         kernels::parallel_chunks(cx, out.slice_mut()?, 2 * row, |i, part| {
             let (top, bottom) = part.split_at_mut(row);
@@ -81,7 +104,7 @@ pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             let pixels = input[i * width * channels..].chunks_exact(channels);
             pixels.zip(pairs).for_each(|(pixel, (top, bottom))| separate(pixel, top, bottom));
         })?;
-        return recorded(cx, out);
+        return Ok(out);
     }
     kernels::parallel_chunks(cx, out.slice_mut()?, row, |line, part| {
         let (i, u) = (line / r, line % r);
@@ -93,7 +116,7 @@ pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
             }
         }
     })?;
-    recorded(cx, out)
+    Ok(out)
 }
 
 simd_dispatch! {
@@ -121,6 +144,7 @@ simd_dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
     use crate::tensor::autograd::{Gradients, Tape, leaf};
 
@@ -148,6 +172,10 @@ mod tests {
             check::close(&y, &[n, oh, ow, oc], &expected, 0.0);
             let back = check::on_batch(&y, |cx, y, _, _| pixel_shuffle(cx, y, r));
             gradients(&x, &y, r);
+            let exact = [(Precision::F32, 0.0), (Precision::BF16, 1e-2), (Precision::F16, 1e-3)];
+            check::on_device(&[&x], &exact, |cx, t| pixel_unshuffle(cx, &t[0], r));
+            check::on_device(&[&y], &exact, |cx, t| pixel_shuffle(cx, &t[0], r));
+            check::gradients_on_device(&[x.clone()], |cx, t| pixel_unshuffle(cx, &t[0], r));
             assert_eq!(back.dims(), dims);
             assert!(back.bytes().unwrap() == x.bytes().unwrap());
         }
