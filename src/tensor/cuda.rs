@@ -123,4 +123,15 @@ impl Tensor {
             _ => true,
         }
     }
+
+    /// Moves what lies on the host to the context's device, if that is a GPU: to be written there from now on.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; `Device`.
+    pub(crate) fn settle(&mut self, cx: &Context) -> Result<()> {
+        if cx.cuda()?.is_some() && self.stream().is_none() {
+            *self = self.copied(cx)?;
+        }
+        Ok(())
+    }
 }

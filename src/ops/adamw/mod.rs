@@ -1,5 +1,9 @@
-//! What an optimiser does to one tensor: AdamW's update (Loshchilov and Hutter 2019), and the sum of squares that
-//! clipping needs.
+//! What an optimiser does: AdamW's update (Loshchilov and Hutter 2019), the sum of squares that clipping needs, and the
+//! moving average of weights.
+
+mod cuda;
+#[cfg(test)]
+mod tests;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
@@ -30,34 +34,77 @@ pub struct AdamWStep {
 /// `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, `w = decay w - size m / (sqrt(v) / root + eps)`, g the
 /// gradient times the scale.
 ///
+/// # Shapes
+/// all `F32` and alike; on a GPU weights and moments lie there.
+///
 /// # Errors
-/// `InvalidArgument` for slices of different lengths; `Cancelled`, after which part of the work is done.
+/// `InvalidArgument` for tensors of different lengths; `Internal` for weights or moments that are shared; `Cancelled`,
+/// after which part of the work is done.
 pub fn adamw(
     cx: &Context,
     step: &AdamWStep,
-    weights: &mut [f32],
-    [first, second]: [&mut [f32]; 2],
-    gradient: &[f32],
+    weights: &mut Tensor,
+    [first, second]: [&mut Tensor; 2],
+    gradient: &Tensor,
 ) -> Result<()> {
-    if gradient.len() != weights.len() {
-        return Err(Error::argument("gradient", format!("{} numbers", weights.len()), gradient.len()));
+    for x in [&*first, &*second, gradient] {
+        expect_like(weights, x)?;
     }
-    cx.parallel_chunks_of([weights, first, second], CHUNK, |i, [weights, first, second]| {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::adamw(cx, stream, step, [weights, first, second], gradient);
+    }
+    let gradient = gradient.slice::<f32>()?;
+    let all = [weights.slice_mut()?, first.slice_mut()?, second.slice_mut()?];
+    cx.parallel_chunks_of(all, CHUNK, |i, [weights, first, second]| {
         update(step, weights, [first, second], &gradient[i * CHUNK..][..weights.len()]);
     })
 }
 
-/// The sum of the squares, in an order that only the length decides.
+/// `average = decay average + (1 - decay) x`.
+///
+/// # Shapes
+/// both `F32` and alike; on a GPU the average lies there.
 ///
 /// # Errors
-/// `OutOfMemory`; `Cancelled`.
-pub fn sum_of_squares(cx: &Context, x: &Tensor) -> Result<f64> {
-    let values = x.slice::<f32>()?;
-    let mut sums = Tensor::new(cx, "a sum of squares", &[values.len().div_ceil(CHUNK)], DType::F32)?;
-    kernels::parallel_chunks(cx, sums.slice_mut::<f32>()?, 1, |i, sum| {
-        sum[0] = square_sum(&values[i * CHUNK..values.len().min((i + 1) * CHUNK)]);
-    })?;
-    Ok(sums.slice::<f32>()?.iter().map(|&sum| f64::from(sum)).sum())
+/// `InvalidArgument` for tensors of different lengths; `Internal` for an average that is shared.
+pub fn moving_average(cx: &Context, average: &mut Tensor, x: &Tensor, decay: f32) -> Result<()> {
+    expect_like(average, x)?;
+    if let Some(stream) = cx.cuda()? {
+        return cuda::moving_average(cx, stream, average, x, decay);
+    }
+    for (average, x) in average.slice_mut::<f32>()?.iter_mut().zip(x.slice::<f32>()?) {
+        *average = *average * decay + x * (1.0 - decay);
+    }
+    Ok(())
+}
+
+fn expect_like(x: &Tensor, other: &Tensor) -> Result<()> {
+    if other.elements() == x.elements() && [x, other].iter().all(|x| x.dtype() == DType::F32) {
+        return Ok(());
+    }
+    let found = format!("{} of {}", other.shape(), other.dtype());
+    Err(Error::argument("an optimiser's tensor", format!("{} numbers of F32", x.elements()), found))
+}
+
+/// The sum of the squares of all numbers, in an order that only the lengths decide.
+///
+/// # Errors
+/// `InvalidArgument` for another type than `F32`; `OutOfMemory`; `Cancelled`.
+pub fn sum_of_squares(cx: &Context, tensors: &[&Tensor]) -> Result<f64> {
+    tensors.iter().try_for_each(|x| expect_like(x, x))?;
+    if let Some(stream) = cx.cuda()? {
+        return cuda::sum_of_squares(cx, stream, tensors);
+    }
+    let mut total = 0.0;
+    for x in tensors {
+        let values = x.slice::<f32>()?;
+        let mut sums = Tensor::new(cx, "a sum of squares", &[values.len().div_ceil(CHUNK)], DType::F32)?;
+        kernels::parallel_chunks(cx, sums.slice_mut::<f32>()?, 1, |i, sum| {
+            sum[0] = square_sum(&values[i * CHUNK..values.len().min((i + 1) * CHUNK)]);
+        })?;
+        total += sums.slice::<f32>()?.iter().map(|&sum| f64::from(sum)).sum::<f64>();
+    }
+    Ok(total)
 }
 
 simd_dispatch! {

@@ -1,5 +1,9 @@
 //! The loss of telling two kinds apart, from numbers before the sigmoid: nothing overflows.
 
+mod cuda;
+#[cfg(test)]
+mod tests;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::tensor::autograd::record;
@@ -20,14 +24,22 @@ pub fn binary_cross_entropy(cx: &Context, x: &Tensor, targets: &[f32]) -> Result
     }
     // A number for each patch of a picture: too few for several threads.
     let per_sample = x.elements() / samples;
-    let pairs = x.slice::<f32>()?.chunks_exact(per_sample).zip(targets);
-    let sum: f64 =
-        pairs.map(|(x, &t)| x.iter().map(|&x| loss(f64::from(x), f64::from(t))).sum::<f64>()).sum();
-    let out = Tensor::from_slice(&[1], &[(sum / x.elements() as f64) as f32])?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::loss(cx, stream, x, targets)?,
+        None => {
+            let pairs = x.slice::<f32>()?.chunks_exact(per_sample).zip(targets);
+            let sum: f64 =
+                pairs.map(|(x, &t)| x.iter().map(|&x| loss(f64::from(x), f64::from(t))).sum::<f64>()).sum();
+            Tensor::from_slice(&[1], &[(sum / x.elements() as f64) as f32])?
+        }
+    };
     record(cx, out, &[Some(x)], || {
         let (x, targets) = (x.clone(), targets.to_vec());
         move |cx, flow| {
             flow.give(cx, x.tracked(), |g| {
+                if let Some(stream) = cx.cuda()? {
+                    return cuda::gradient(cx, stream, &x, &targets, g);
+                }
                 let scale = f64::from(g.slice::<f32>()?[0]) / x.elements() as f64;
                 let mut out = Tensor::new(cx, "binary cross-entropy gradient", x.dims(), DType::F32)?;
                 let samples = x.slice::<f32>()?.chunks_exact(per_sample).zip(&targets);

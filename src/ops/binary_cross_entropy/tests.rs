@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::cuda::Precision;
 use crate::ops::check;
 
 fn definition(x: &[f64], targets: &[f32]) -> Vec<f64> {
@@ -18,7 +19,9 @@ fn agrees_with_the_definition() {
         let found = check::on_threads(|cx| binary_cross_entropy(cx, &x, targets));
         check::close(&found, &[1], &definition(&check::wide(&x), targets), 1e-6);
         let op = |cx: &Context, x: &[Tensor]| binary_cross_entropy(cx, &x[0], targets);
-        check::gradients(&[x], op, |x| definition(&x[0], targets));
+        check::gradients(&[x.clone()], op, |x| definition(&x[0], targets));
+        check::on_device(&[&x], &[(Precision::F32, 1e-6), (Precision::BF16, 2e-2)], op);
+        check::gradients_on_device(&[x], op);
     }
     let far = Tensor::from_slice(&[2], &[1000f32, -1000.0]).unwrap();
     let found = binary_cross_entropy(&check::cx(), &far, &[0.0, 1.0]).unwrap();

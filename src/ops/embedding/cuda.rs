@@ -38,14 +38,7 @@ pub fn look_up(
             "embedding",
             Some(precision),
             launch,
-            &[
-                &ids.address(),
-                &table.address(),
-                &to,
-                &(rows as i64),
-                &(count as i64),
-                &(channels as i32),
-            ],
+            &[&ids.address(), &table.address(), &to, &(rows as i64), &(count as i64), &(channels as i32)],
         )
     }
 }

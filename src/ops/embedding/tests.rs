@@ -33,8 +33,7 @@ fn gradients_are_those_of_the_definition() {
         (&[3, 5], [11, 3], DType::F16),
         (&[40], [7, 2], DType::BF16),
     ] {
-        let numbers: Vec<i64> =
-            (0..dims.iter().product::<usize>()).map(|i| (i * i * 3 % v) as i64).collect();
+        let numbers: Vec<i64> = (0..dims.iter().product::<usize>()).map(|i| (i * i * 3 % v) as i64).collect();
         let ids = Tensor::from_slice(dims, &numbers).unwrap();
         check::gradients(
             &[check::cast(&check::random(&[v, c], 1), dtype)],
@@ -66,7 +65,9 @@ fn a_gpu_looks_up_in_every_type() {
         let numbers: Vec<i64> = (0..rows).map(|i| (i * 7 % v) as i64).collect();
         let ids = Tensor::from_slice(&[rows], &numbers).unwrap();
         let tolerances = [(Precision::F32, 1e-7), (Precision::BF16, 4e-3), (Precision::F16, 5e-4)];
-        check::on_device(&[&ids, &check::random(&[v, c], 1)], &tolerances, |cx, t| embedding(cx, &t[0], &t[1]));
+        check::on_device(&[&ids, &check::random(&[v, c], 1)], &tolerances, |cx, t| {
+            embedding(cx, &t[0], &t[1])
+        });
     }
 }
 

@@ -51,11 +51,8 @@ pub fn nearest(
     let precision = x.precision("vector to quantize")?;
     let (count, dim) = (index(codes.count)?, index(codes.dim)?);
     let (from, to) = (x.on(cx, stream)?, out.on_mut(stream)?);
-    let launch = Launch {
-        grid: [rows.div_ceil(ROWS) as u32, 1, 1],
-        block: [ROWS as u32, PARTS, 1],
-        shared_bytes: 0,
-    };
+    let launch =
+        Launch { grid: [rows.div_ceil(ROWS) as u32, 1, 1], block: [ROWS as u32, PARTS, 1], shared_bytes: 0 };
     // SAFETY: as the kernel declares; x has a vector of `dim` numbers for each element of `out`.
     unsafe {
         stream.launch(

@@ -122,7 +122,9 @@ mod tests {
 
     #[test]
     fn a_gpu_finds_the_same() {
-        for (dims, v) in [(&[1usize, 1][..], 1usize), (&[3, 5, 7, 4], 1300), (&[2, 65, 11], 64), (&[3, 2500], 9)] {
+        for (dims, v) in
+            [(&[1usize, 1][..], 1usize), (&[3, 5, 7, 4], 1300), (&[2, 65, 11], 64), (&[3, 2500], 9)]
+        {
             let d = dims[dims.len() - 1];
             let inputs = [&check::random(dims, 1), &check::random(&[v, d], 2)];
             check::on_device(&inputs, &[(Precision::F32, 0.0)], |cx, t| nearest(cx, &t[0], &t[1]));
@@ -130,7 +132,8 @@ mod tests {
         let Some(cx) = check::cuda(Precision::BF16) else { return };
         let x = check::cast(&check::random(&[40, 4], 1), DType::BF16);
         let codebook = check::random(&[300, 4], 2);
-        let expected = nearest(&check::cx(), &kernels::widened(&check::cx(), "x", &x).unwrap(), &codebook).unwrap();
+        let expected =
+            nearest(&check::cx(), &kernels::widened(&check::cx(), "x", &x).unwrap(), &codebook).unwrap();
         let found = nearest(&cx, &check::moved(&cx, &x), &codebook).unwrap();
         assert!(found.bytes().unwrap() == expected.bytes().unwrap());
     }
