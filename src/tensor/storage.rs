@@ -138,6 +138,16 @@ impl Mirrored {
         self.memory.get().is_some()
     }
 
+    /// Whose memory it is.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// Whether the host has the bytes.
+    pub fn is_on_host(&self) -> bool {
+        self.host.get().is_some()
+    }
+
     /// The address on the device, to write: the host's copy is given up.
     pub fn address_mut(&mut self, stream: &Arc<Stream>) -> Result<u64> {
         if !Arc::ptr_eq(&self.stream, stream) {
@@ -154,7 +164,8 @@ impl Mirrored {
         if !Arc::ptr_eq(&self.stream, stream) {
             return Ok(None);
         }
-        Ok(Some(stream.using(Taken::new(self.memory()?.address(), offset, self.clone()))))
+        let memory = self.memory()?;
+        Ok(Some(stream.using_part(memory, Taken::new(memory.address(), offset, self.clone()))))
     }
 
     /// Sets all bytes to zero, where they are going to be used.

@@ -31,7 +31,7 @@ impl Numbers {
     /// `OutOfMemory`, naming `what`; `Device`.
     pub fn new(stream: &Stream, what: &str, count: usize) -> Result<Self> {
         let memory = Arc::new(stream.take(what, count.saturating_mul(size_of::<f64>()))?);
-        let taken = stream.using(Taken::new(memory.address(), 0, memory.clone()));
+        let taken = stream.using_memory(memory.clone());
         Ok(Numbers { memory, taken, count })
     }
 

@@ -5,6 +5,13 @@
 //! anywhere, in any order, with the same bits. The normals use only IEEE f64 `+ - * / sqrt`, each rounded once,
 //! so that a GPU kernel that forbids contraction gives the same bits too.
 
+mod cuda;
+
+#[allow(unused_imports)]
+pub(crate) use cuda::{DeviceGenerators, HeldGenerators};
+
+use super::Tensor;
+use crate::error::Result;
 use crate::simd_dispatch;
 
 /// The generator of one stream. Copying it copies no state, since it has none.
@@ -88,6 +95,74 @@ impl Philox {
             let ([p, q], [r, s]) = (normal_pair(a, b), normal_pair(c, d));
             values.copy_from_slice(&[p, q, r, s][..values.len()]);
         }
+    }
+}
+
+/// The generators of a batch: one for each sample, which draws the tensor's own elements in their order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generators {
+    /// The seed of each sample.
+    pub seeds: Vec<u64>,
+    /// The stream of the first sample.
+    pub stream: u64,
+    /// From one sample's stream to the next one's.
+    pub stride: u64,
+}
+
+impl Generators {
+    /// The generator of a sample.
+    pub fn of(&self, sample: usize) -> Philox {
+        let stream = self.stream.wrapping_add(self.stride.wrapping_mul(sample as u64));
+        Philox::new(self.seeds.get(sample).copied().unwrap_or(0), stream)
+    }
+
+    /// Standard normal numbers for `F32 [N, ..]`. Like the others it draws where the tensor lies: a GPU gives the same
+    /// bits.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another type; those of writing a tensor.
+    pub fn fill_normal(&self, out: &mut Tensor) -> Result<()> {
+        if let Some(stream) = out.stream() {
+            return cuda::fill(self, &stream, out, cuda::Kind::Normal);
+        }
+        let samples = self.samples(out.slice_mut::<f32>()?);
+        samples.for_each(|(generator, sample)| generator.fill_normal(sample, 0));
+        Ok(())
+    }
+
+    /// Uniform numbers in [0, 1) for `F32 [N, ..]`.
+    ///
+    /// # Errors
+    /// As [`Generators::fill_normal`].
+    pub fn fill_uniform(&self, out: &mut Tensor) -> Result<()> {
+        if let Some(stream) = out.stream() {
+            return cuda::fill(self, &stream, out, cuda::Kind::Uniform);
+        }
+        for (generator, sample) in self.samples(out.slice_mut::<f32>()?) {
+            sample.iter_mut().zip(0..).for_each(|(u, i)| *u = generator.uniform(i));
+        }
+        Ok(())
+    }
+
+    /// Integers below `bound` for `I64 [N, ..]`.
+    ///
+    /// # Errors
+    /// As [`Generators::fill_normal`].
+    pub fn fill_below(&self, bound: u32, out: &mut Tensor) -> Result<()> {
+        if let Some(stream) = out.stream() {
+            return cuda::fill(self, &stream, out, cuda::Kind::Below(bound));
+        }
+        for (generator, sample) in self.samples(out.slice_mut::<i64>()?) {
+            sample.iter_mut().zip(0..).for_each(|(token, i)| *token = generator.below(i, bound).into());
+        }
+        Ok(())
+    }
+
+    /// The samples of a batch, each with its generator.
+    fn samples<'a, T>(&'a self, out: &'a mut [T]) -> impl Iterator<Item = (Philox, &'a mut [T])> {
+        let per_sample = out.len() / self.seeds.len().max(1);
+        let samples = out.chunks_exact_mut(per_sample.max(1)).take(self.seeds.len()).enumerate();
+        samples.map(|(n, sample)| (self.of(n), sample))
     }
 }
 
@@ -230,117 +305,4 @@ fn sin_cos_of_word(w: u32) -> (f64, f64) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The known-answer vectors of Random123 (`kat_vectors`, philox4x32-10).
-    #[test]
-    fn known_answers() {
-        let ones = u32::MAX;
-        assert_eq!(philox([0; 2], [0; 4]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(philox([ones; 2], [ones; 4]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
-        let pi = Philox::new(0x299f_31d0_a409_3822, 0x0370_7344_1319_8a2e);
-        assert_eq!(pi.block(0x85a3_08d3_243f_6a88), [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
-    }
-
-    #[test]
-    fn functions_agree_with_std() {
-        let words = Philox::new(1, 2);
-        for i in 0..100_000u64 {
-            let w = words.block(i)[0];
-            let u = (f64::from(w) + 0.5) * TWO_POW_MINUS_32;
-            assert!((ln(u) - u.ln()).abs() < 1e-14, "ln {u}");
-            let (sin, cos) = sin_cos_of_word(w);
-            let angle = f64::from(w) * TWO_POW_MINUS_32 * std::f64::consts::TAU;
-            assert!((sin - angle.sin()).abs() < 1e-14, "sin {angle}");
-            assert!((cos - angle.cos()).abs() < 1e-14, "cos {angle}");
-        }
-        for w in [0, 1, 1 << 29, 1 << 30, 1 << 31, 3 << 30, u32::MAX] {
-            let (sin, cos) = sin_cos_of_word(w);
-            let angle = f64::from(w) * TWO_POW_MINUS_32 * std::f64::consts::TAU;
-            assert!((sin - angle.sin()).abs() < 1e-14 && (cos - angle.cos()).abs() < 1e-14);
-            let [p, q] = normal_pair(w, w);
-            assert!(p.is_finite() && q.is_finite());
-        }
-    }
-
-    #[test]
-    fn elements_are_the_same_however_they_are_drawn() {
-        let rng = Philox::new(42, 7);
-        for first in 0..9u64 {
-            for len in [0, 1, 2, 3, 5, 8, 13] {
-                let mut out = vec![0f32; len];
-                rng.fill_normal(&mut out, first);
-                for (i, value) in out.iter().enumerate() {
-                    assert_eq!(value.to_bits(), rng.normal(first + i as u64).to_bits());
-                }
-            }
-        }
-        assert_ne!(rng.normal(0), Philox::new(42, 8).normal(0));
-        assert_ne!(rng.normal(0), Philox::new(43, 7).normal(0));
-    }
-
-    #[test]
-    fn words_are_the_same_however_they_are_drawn() {
-        let rng = Philox::new(42, 7);
-        for first in [0u64, 1, 3, 4, (1 << 34) - 70, u64::from(u32::MAX)] {
-            for len in [0, 1, 5, 64, 67, 300] {
-                let mut out = vec![0; len];
-                rng.fill_words(&mut out, first);
-                assert!(out.iter().enumerate().all(|(i, &word)| word == rng.word(first + i as u64)));
-            }
-        }
-    }
-
-    #[test]
-    fn uniforms_and_integers_are_even() {
-        let rng = Philox::new(3, 0);
-        let (draws, bins) = (200_000u64, 100u32);
-        let (mut of_uniform, mut of_below) = (vec![0f64; bins as usize], vec![0f64; bins as usize]);
-        for e in 0..draws {
-            let u = rng.uniform(e);
-            assert!((0.0..1.0).contains(&u));
-            of_uniform[(u * bins as f32) as usize] += 1.0;
-            of_below[rng.below(e + draws, bins) as usize] += 1.0;
-        }
-        let expected = draws as f64 / f64::from(bins);
-        for counts in [of_uniform, of_below] {
-            let chi2: f64 = counts.iter().map(|n| (n - expected).powi(2) / expected).sum();
-            // 99 degrees of freedom: 60..160 leaves out less than 1 in 2,000.
-            assert!((60.0..160.0).contains(&chi2), "chi-square {chi2}");
-        }
-        assert_eq!(rng.below(0, 0), 0);
-        assert_eq!(rng.below(0, 1), 0);
-    }
-
-    /// The normal distribution function by Marsaglia's series.
-    fn phi(x: f64) -> f64 {
-        let (mut sum, mut term, mut k) = (x, x, 1.0);
-        while term.abs() > 1e-17 {
-            k += 2.0;
-            term *= x * x / k;
-            sum += term;
-        }
-        0.5 + sum * (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt()
-    }
-
-    #[test]
-    fn normals_are_normal() {
-        let n = 200_000usize;
-        let mut draws = vec![0f32; n];
-        Philox::new(2023, 1).fill_normal(&mut draws, 5);
-        let moment = |p: i32| draws.iter().map(|&x| f64::from(x).powi(p)).sum::<f64>() / n as f64;
-        assert!(moment(1).abs() < 0.01 && (moment(2) - 1.0).abs() < 0.015, "{} {}", moment(1), moment(2));
-        assert!(moment(3).abs() < 0.04 && (moment(4) - 3.0).abs() < 0.12, "{} {}", moment(3), moment(4));
-        let pairs: f64 = draws.chunks_exact(2).map(|p| f64::from(p[0] * p[1])).sum();
-        assert!((pairs / (n / 2) as f64).abs() < 0.015, "correlation {pairs}");
-        draws.sort_by(f32::total_cmp);
-        let distance = draws
-            .iter()
-            .enumerate()
-            .map(|(i, &x)| (phi(f64::from(x)) - (i as f64 + 0.5) / n as f64).abs())
-            .fold(0.0, f64::max);
-        // Kolmogorov: beyond 1.95 / sqrt(n) once in a thousand.
-        assert!(distance * (n as f64).sqrt() < 1.95, "Kolmogorov-Smirnov {distance}");
-    }
-}
+mod tests;

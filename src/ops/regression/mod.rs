@@ -1,5 +1,9 @@
 //! Losses of regression, and sums of losses: scalars `[1]`. Summed in f64, in an order that only the shape decides.
 
+mod cuda;
+#[cfg(test)]
+mod tests;
+
 use crate::device::Context;
 use crate::device::scratch::Doubles;
 use crate::error::{Error, Result};
@@ -23,25 +27,35 @@ const LANES: usize = 16;
 /// # Errors
 /// `InvalidArgument` if shapes or counts differ; `OutOfMemory`; `Cancelled`.
 pub fn squared_error(cx: &Context, x: &Tensor, target: &Tensor, weights: Option<&[f32]>) -> Result<Tensor> {
-    let errors = sample_errors(cx, x, target)?;
-    let ones = [1.0].repeat(errors.len());
+    let ones = [1.0].repeat(check(x, target)?);
     let weights = weights.unwrap_or(&ones);
     let sample = sample_elements(x, weights)?;
-    let sum: f64 = errors.iter().zip(weights).map(|(error, weight)| error * f64::from(*weight)).sum();
-    let loss = Tensor::from_slice(&[1], &[(sum / errors.len() as f64) as f32])?;
+    let loss = match cx.cuda()? {
+        Some(stream) => cuda::loss(cx, stream, [x, target], Kind::Squared, weights)?,
+        None => {
+            let errors = sample_errors(cx, x, target)?;
+            let sum: f64 = errors.iter().zip(weights).map(|(error, weight)| error * f64::from(*weight)).sum();
+            Tensor::from_slice(&[1], &[(sum / errors.len() as f64) as f32])?
+        }
+    };
     record(cx, loss, &[Some(x), Some(target)], || {
         let share = 2.0 / x.elements() as f64;
         let factors = weights.iter().map(|weight| (share * f64::from(*weight)) as f32).collect();
-        Differences { x: x.clone(), target: target.clone(), sample, factors, kernel: scaled_differences }
-            .backward()
+        Differences { x: x.clone(), target: target.clone(), sample, factors, kind: Kind::Squared }.backward()
     })
 }
 
-/// The mean of `(x[n, ..] - target[n, ..])^2` of each sample n: what [`squared_error`] weights. No tape knows of it.
-///
-/// # Errors
-/// As [`squared_error`].
-pub fn sample_errors(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Vec<f64>> {
+/// What of a difference is summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Its square.
+    Squared,
+    /// Its size.
+    Absolute,
+}
+
+/// The mean of `(x[n, ..] - target[n, ..])^2` of each sample n: what [`squared_error`] weights. On the host.
+fn sample_errors(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Vec<f64>> {
     let samples = check(x, target)?;
     let sums = sums(cx, [x, target], samples, squared_differences)?;
     Ok(sums.into_iter().map(|sum| sum / (x.elements() / samples) as f64).collect())
@@ -56,11 +70,16 @@ pub fn sample_errors(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Vec<f6
 /// As [`squared_error`].
 pub fn absolute_error(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Tensor> {
     check(x, target)?;
-    let sum: f64 = sums(cx, [x, target], 1, absolute_differences)?.iter().sum();
-    let loss = Tensor::from_slice(&[1], &[(sum / x.elements() as f64) as f32])?;
+    let loss = match cx.cuda()? {
+        Some(stream) => cuda::loss(cx, stream, [x, target], Kind::Absolute, &[1.0])?,
+        None => {
+            let sum: f64 = sums(cx, [x, target], 1, absolute_differences)?.iter().sum();
+            Tensor::from_slice(&[1], &[(sum / x.elements() as f64) as f32])?
+        }
+    };
     record(cx, loss, &[Some(x), Some(target)], || {
         let (sample, factors) = (x.elements(), vec![(1.0 / x.elements() as f64) as f32]);
-        Differences { x: x.clone(), target: target.clone(), sample, factors, kernel: signs }.backward()
+        Differences { x: x.clone(), target: target.clone(), sample, factors, kind: Kind::Absolute }.backward()
     })
 }
 
@@ -72,20 +91,29 @@ pub fn absolute_error(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Tenso
 /// # Errors
 /// `InvalidArgument` for a term of more elements.
 pub fn weighted_sum(cx: &Context, terms: &[(&Tensor, f32)]) -> Result<Tensor> {
-    let mut sum = 0.0;
-    for (term, factor) in terms {
-        let [value] = term.slice::<f32>()? else {
-            return Err(Error::argument("a term of a sum", "one element", term.shape()));
-        };
-        sum += f64::from(*value) * f64::from(*factor);
+    if let Some((term, _)) = terms.iter().find(|(term, _)| term.elements() != 1) {
+        return Err(Error::argument("a term of a sum", "one element", term.shape()));
     }
+    let sum = match cx.cuda()? {
+        Some(stream) => cuda::weighted_sum(cx, stream, terms)?,
+        None => {
+            let mut sum = 0.0;
+            for (term, factor) in terms {
+                sum += f64::from(term.slice::<f32>()?[0]) * f64::from(*factor);
+            }
+            Tensor::from_slice(&[1], &[sum as f32])?
+        }
+    };
     let inputs: Vec<Option<&Tensor>> = terms.iter().map(|(term, _)| Some(*term)).collect();
-    record(cx, Tensor::from_slice(&[1], &[sum as f32])?, &inputs, || {
+    record(cx, sum, &inputs, || {
         let to: Vec<(Option<Tracked>, f32)> =
             terms.iter().map(|(t, factor)| (t.tracked(), *factor)).collect();
         move |cx, flow| {
             for (to, factor) in to {
-                flow.give(cx, to, |g| Tensor::from_slice(&[1], &[g.slice::<f32>()?[0] * factor]))?;
+                flow.give(cx, to, |g| match cx.cuda()? {
+                    Some(stream) => cuda::weighted_sum(cx, stream, &[(g, factor)]),
+                    None => Tensor::from_slice(&[1], &[g.slice::<f32>()?[0] * factor]),
+                })?;
             }
             Ok(())
         }
@@ -177,101 +205,33 @@ struct Differences {
     sample: usize,
     /// Of each sample.
     factors: Vec<f32>,
-    kernel: fn(&[f32], &[f32], f32, &mut [f32]),
+    kind: Kind,
 }
 
 impl Differences {
     fn backward(self) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
         move |cx, flow| {
-            flow.give(cx, self.x.tracked(), |g| self.gradient(cx, g.slice::<f32>()?[0]))?;
-            flow.give(cx, self.target.tracked(), |g| self.gradient(cx, -g.slice::<f32>()?[0]))
+            flow.give(cx, self.x.tracked(), |g| self.gradient(cx, g, 1.0))?;
+            flow.give(cx, self.target.tracked(), |g| self.gradient(cx, g, -1.0))
         }
     }
 
-    fn gradient(&self, cx: &Context, scale: f32) -> Result<Tensor> {
+    /// The gradient by x under that of the loss, `g`, times `sign`.
+    fn gradient(&self, cx: &Context, g: &Tensor, sign: f32) -> Result<Tensor> {
+        if let Some(stream) = cx.cuda()? {
+            return cuda::gradient(cx, stream, self, g, sign);
+        }
+        let scale = sign * g.slice::<f32>()?[0];
+        let kernel = match self.kind {
+            Kind::Squared => scaled_differences,
+            Kind::Absolute => signs,
+        };
         let (x, y) = (self.x.slice::<f32>()?, self.target.slice::<f32>()?);
         let mut out = Tensor::new(cx, "gradient of a loss", self.x.dims(), DType::F32)?;
         kernels::parallel_samples(cx, out.slice_mut()?, self.sample, |n, start, part| {
             let range = start..start + part.len();
-            (self.kernel)(&x[range.clone()], &y[range], scale * self.factors[n], part);
+            kernel(&x[range.clone()], &y[range], scale * self.factors[n], part);
         })?;
         Ok(out)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::check;
-
-    fn squared(x: &[f64], target: &[f64], weights: &[f32]) -> f64 {
-        let sample = x.len() / weights.len();
-        let terms = x.iter().zip(target).enumerate();
-        terms.map(|(i, (x, t))| f64::from(weights[i / sample]) * (x - t).powi(2)).sum::<f64>()
-            / x.len() as f64
-    }
-
-    fn absolute(x: &[f64], target: &[f64]) -> f64 {
-        x.iter().zip(target).map(|(x, t)| (x - t).abs()).sum::<f64>() / x.len() as f64
-    }
-
-    #[test]
-    fn agrees_with_the_definition() {
-        for dims in [&[1usize][..], &[3, 5, 7], &[70_000, 1], &[2, 3, 20_000]] {
-            let (x, t) = (check::random(dims, 1), check::random(dims, 2));
-            let weights: Vec<f32> = (0..dims[0]).map(|n| n as f32 % 3.0).collect();
-            let (wide_x, wide_t) = (check::wide(&x), check::wide(&t));
-            let loss = check::on_threads(|cx| squared_error(cx, &x, &t, Some(&weights)));
-            check::close(&loss, &[1], &[squared(&wide_x, &wide_t, &weights)], 1e-7);
-            let loss = check::on_threads(|cx| squared_error(cx, &x, &t, None));
-            check::close(&loss, &[1], &[squared(&wide_x, &wide_t, &[1.0])], 1e-7);
-            let loss = check::on_threads(|cx| absolute_error(cx, &x, &t));
-            check::close(&loss, &[1], &[absolute(&wide_x, &wide_t)], 1e-7);
-        }
-        let (cx, x) = (check::cx(), check::random(&[2, 3], 1));
-        assert!(squared_error(&cx, &x, &check::random(&[3, 2], 1), None).is_err());
-        assert!(squared_error(&cx, &x, &x, Some(&[1.0])).is_err());
-        let empty = check::random(&[2, 0], 1);
-        assert!(absolute_error(&cx, &empty, &empty).is_err());
-    }
-
-    #[test]
-    fn gradients_are_those_of_the_definition() {
-        for dims in [&[1usize][..], &[3, 5, 7]] {
-            let inputs = [check::random(dims, 1), check::random(dims, 2)];
-            let weights: Vec<f32> = (0..dims[0]).map(|n| 0.5 + n as f32).collect();
-            check::gradients(
-                &inputs,
-                |cx, x| squared_error(cx, &x[0], &x[1], Some(&weights)),
-                |x| vec![squared(&x[0], &x[1], &weights)],
-            );
-            check::gradients(
-                &inputs,
-                |cx, x| absolute_error(cx, &x[0], &x[1]),
-                |x| vec![absolute(&x[0], &x[1])],
-            );
-            check::gradients(
-                &inputs,
-                |cx, x| {
-                    let squared = squared_error(cx, &x[0], &x[1], None)?;
-                    let absolute = absolute_error(cx, &x[0], &x[1])?;
-                    weighted_sum(cx, &[(&squared, 0.5), (&absolute, -2.0), (&squared, 1.0)])
-                },
-                |x| vec![1.5 * squared(&x[0], &x[1], &[1.0]) - 2.0 * absolute(&x[0], &x[1])],
-            );
-        }
-        let cx = check::cx();
-        assert!(weighted_sum(&cx, &[(&check::random(&[2], 1), 1.0)]).is_err());
-    }
-
-    #[test]
-    fn equal_numbers_have_no_gradient() {
-        use crate::tensor::autograd::{Gradients, Tape, leaf};
-        let (cx, tape) = (check::cx(), Tape::new());
-        let x = leaf(&check::random(&[2, 3], 1), 0);
-        let loss = absolute_error(&tape.attach(&cx), &x, &x.constant()).unwrap();
-        let mut found = Gradients::default();
-        tape.backward_from(&cx, &loss, 1.0, &mut found).unwrap();
-        assert_eq!(found.get(0).unwrap().slice::<f32>().unwrap(), [0.0; 6]);
     }
 }
