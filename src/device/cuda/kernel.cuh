@@ -159,21 +159,6 @@ __device__ __forceinline__ float block_max(float x, float *scratch) {
     return warp_max(x);
 }
 
-// The same in double, for sums of many small terms; `scratch` holds 32 doubles.
-__device__ __forceinline__ double warp_sum(double x) {
-    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-    return x;
-}
-
-__device__ __forceinline__ double block_sum(double x, double *scratch) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    x = warp_sum(x);
-    if (lane == 0) scratch[warp] = x;
-    __syncthreads();
-    x = lane < warps ? scratch[lane] : 0.0;
-    return warp_sum(x);
-}
-
 // --- Random numbers: the bits of src/tensor/rng, whose arithmetic in double is rounded after each operation ---------
 
 // The four words of a block of a stream.
