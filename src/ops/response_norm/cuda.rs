@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::cpu::EPS;
 use crate::device::Context;
-use crate::device::cuda::{Launch, Parameter, Precision, Stream, kernels as cuda_kernels};
+use crate::device::cuda::{Launch, Parameter, Precision, Stream, Taken, kernels as cuda_kernels};
 use crate::error::{Error, Result};
 use crate::ops::elementwise::cuda::run;
 use crate::ops::kernels::InPlace;
@@ -20,9 +20,9 @@ const WARP: usize = 32;
 const LINES: usize = 8;
 /// About how many blocks read a sample: enough to fill a large GPU.
 const BLOCKS: usize = 640;
-/// Tokens of a block: more parts than that many tokens allow would cost more than they save.
+/// The fewest tokens of a block of the first pass: with fewer, its sums would cost what they save.
 const LEAST_TOKENS: usize = 4 * LINES;
-/// Tokens of a block of the last pass.
+/// Tokens of a block of the second pass.
 const TOKENS: usize = 8 * LINES;
 
 /// As the source has it.
@@ -52,7 +52,7 @@ impl Shape {
     }
 }
 
-/// The most tokens that no grid is too small for, at this many of each block.
+/// At least so many of `tokens` tokens for each block: the grid has room for no more than 65535 parts.
 fn tokens_of_block(tokens: usize, wanted: usize) -> usize {
     wanted.max(tokens.div_ceil(65_535)).next_multiple_of(LINES)
 }
@@ -80,38 +80,52 @@ pub(crate) fn normalize(
     let beta = beta.on_as(cx, stream, "response norm beta", Precision::F32)?;
     let place = InPlace::of(cx, stream, "response norm", x)?;
     let run = run(precision, channels, &[place.from, place.to, gamma.address(), beta.address()]);
-    let norm_tiles = channels.div_ceil(WARP);
     let shape = Shape {
         tokens: tokens as i64,
         channels: channels as i32,
         tokens_per_part: 0,
         parts: 0,
         tiles: channels.div_ceil(WARP * run) as i32,
-        norm_tiles: norm_tiles as i32,
+        norm_tiles: channels.div_ceil(WARP) as i32,
         wide: i32::from(run > 1),
         gelu: i32::from(gelu),
     };
-    let most = BLOCKS.div_ceil(shape.tiles as usize).min(tokens.div_ceil(LEAST_TOKENS));
-    let (of_sums, launch) = shape.cut(samples, tokens_of_block(tokens, tokens.div_ceil(most)));
-    let parts = of_sums.parts as usize;
-    let mut sums = Tensor::new(cx, "response norm sums", &[samples, parts, channels], DType::F32)?;
-    let mut norms = Tensor::new(cx, "response norms", &[samples, channels], DType::F32)?;
-    let mut shares = Tensor::new(cx, "response norm sums", &[samples, norm_tiles], DType::F32)?;
-    let (sums, norms, shares) = (sums.on_mut(stream)?, norms.on_mut(stream)?, shares.on_mut(stream)?);
-    // SAFETY: as the kernel declares; x has so many tokens of the channels, the sums a row for each part.
-    unsafe {
-        stream.launch(&KERNELS, "response_sums", Some(precision), launch, &[&place.from, &sums, &of_sums])?;
-    }
-    let launch = Launch::blocks(samples * norm_tiles, THREADS);
-    // SAFETY: as the kernel declares; a norm for each channel, a share for each tile of 32.
-    unsafe { stream.launch(&KERNELS, "response_norms", None, launch, &[&sums, &norms, &shares, &of_sums])? };
+    let [norms, shares] = norms(cx, stream, (place.from, precision), samples, shape)?;
+    let (norms, shares) = (norms.on(cx, stream)?, shares.on(cx, stream)?);
     let (shape, launch) = shape.cut(samples, tokens_of_block(tokens, TOKENS));
-    let (gamma_at, beta_at) = (gamma.address(), beta.address());
-    let parameters: [&dyn Parameter; 8] =
-        [&place.from, &norms, &shares, &gamma_at, &beta_at, &place.to, &shape, &EPS];
+    let addresses = [&norms, &shares, &gamma, &beta].map(Taken::address);
+    let [norms, shares, gamma, beta] = &addresses;
+    let parameters: [&dyn Parameter; 8] = [&place.from, norms, shares, gamma, beta, &place.to, &shape, &EPS];
     // SAFETY: as the kernel declares; the result is as large as x, gamma and beta have a number for each channel.
     unsafe { stream.launch(&KERNELS, "response_norm", Some(precision), launch, &parameters)? };
     Ok(place.out)
+}
+
+/// The first pass: the norms `[N, C]` of x, which lies at an address, and their sums over 32 channels each.
+fn norms(
+    cx: &Context,
+    stream: &Arc<Stream>,
+    (x, precision): (u64, Precision),
+    samples: usize,
+    shape: Shape,
+) -> Result<[Tensor; 2]> {
+    let (tokens, channels) = (shape.tokens as usize, shape.channels as usize);
+    let most = BLOCKS.div_ceil(shape.tiles as usize).min(tokens.div_ceil(LEAST_TOKENS));
+    let (shape, launch) = shape.cut(samples, tokens_of_block(tokens, tokens.div_ceil(most)));
+    let new = |dims: &[usize]| Tensor::new(cx, "response norms", dims, DType::F32);
+    let mut sums = new(&[samples, shape.parts as usize, channels])?;
+    let mut norms = new(&[samples, channels])?;
+    let mut shares = new(&[samples, shape.norm_tiles as usize])?;
+    let sums_at = sums.on_mut(stream)?;
+    let parameters: [&dyn Parameter; 3] = [&x, &sums_at, &shape];
+    // SAFETY: as the kernel declares; x has so many tokens of the channels, the sums a row for each part.
+    unsafe { stream.launch(&KERNELS, "response_sums", Some(precision), launch, &parameters)? };
+    let (norms_at, shares_at) = (norms.on_mut(stream)?, shares.on_mut(stream)?);
+    let launch = Launch::blocks(samples * shape.norm_tiles as usize, THREADS);
+    let parameters: [&dyn Parameter; 4] = [&sums_at, &norms_at, &shares_at, &shape];
+    // SAFETY: as the kernel declares; a norm for each channel, a share for each tile of 32.
+    unsafe { stream.launch(&KERNELS, "response_norms", None, launch, &parameters)? };
+    Ok([norms, shares])
 }
 
 /// What a backward pass finds.
