@@ -148,10 +148,14 @@ impl Mirrored {
         self.host.get().is_some()
     }
 
-    /// The address on the device, to write: the host's copy is given up.
+    /// The address on the device, to write: the host's copy is given up. What another stream than its own writes
+    /// becomes that one's, by way of the host.
     pub fn address_mut(&mut self, stream: &Arc<Stream>) -> Result<u64> {
         if !Arc::ptr_eq(&self.stream, stream) {
-            return Err(Error::internal("a tensor", "written in another stream than its own"));
+            if self.memory.get().is_some() {
+                self.host_mut()?;
+            }
+            self.stream = stream.clone();
         }
         let address = self.memory()?.address();
         self.host.take();
