@@ -1,11 +1,15 @@
 //! The symmetric InfoNCE loss of CLIP (Radford et al. 2021, figure 3).
 
+mod cuda;
+#[cfg(test)]
+mod tests;
+
 use crate::device::Context;
 use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
 use crate::ops::linear::{Epilogue, linear, linear_transposed};
-use crate::tensor::autograd::{Tracked, record};
+use crate::tensor::autograd::{Flow, Tracked, record};
 use crate::tensor::{DType, Tensor};
 
 /// Below it a length counts as it: a vector of zeros keeps its direction, none.
@@ -16,8 +20,8 @@ const LEAST_LENGTH: f64 = 1e-12;
 pub struct ContrastiveLoss {
     /// `[1]`.
     pub loss: Tensor,
-    /// The share of images whose own text has the largest logit.
-    pub accuracy: f32,
+    /// `[1]`: the share of images whose own text has the largest logit. Not tracked.
+    pub accuracy: Tensor,
 }
 
 /// `(CE(L) + CE(L^T)) / 2` with `L = exp(log_temperature) I T^T`, where the rows of I and T have length 1, and CE is the
@@ -39,21 +43,44 @@ pub fn contrastive_loss(
         let expected = format!("{} with an element", images.shape());
         return Err(Error::argument("contrasted texts", expected, texts.shape()));
     }
-    let [log] = log_temperature.slice::<f32>()? else {
+    if log_temperature.elements() != 1 {
         return Err(Error::argument("log temperature", "one element", log_temperature.shape()));
-    };
+    }
+    let inputs = [images, texts, log_temperature];
+    if let Some(stream) = cx.cuda()? {
+        let ([loss, accuracy], kept) = cuda::loss(cx, stream, [images, texts], log_temperature)?;
+        let loss = record(cx, loss, &inputs.map(Some), || {
+            let to = inputs.map(Tensor::tracked);
+            move |cx, flow| backward_on_device(cx, flow, to, &kept)
+        })?;
+        return Ok(ContrastiveLoss { loss, accuracy });
+    }
     let (images_1, texts_1) = (Directions::of(cx, images)?, Directions::of(cx, texts)?);
-    let temperature = f64::from(*log).exp();
+    let temperature = f64::from(log_temperature.slice::<f32>()?[0]).exp();
     let mut logits = product(cx, &images_1.rows, &texts_1.rows, Layout::RowsAreOutputs)?;
     logits.slice_mut::<f32>()?.iter_mut().for_each(|v| *v = (f64::from(*v) * temperature) as f32);
     let (entropy, by_logits) = cross_entropy(cx, &logits)?;
     let loss = Tensor::from_slice(&[1], &[entropy as f32])?;
-    let accuracy = accuracy(logits.slice()?, count);
-    let loss = record(cx, loss, &[Some(images), Some(texts), Some(log_temperature)], || {
-        let to = [images, texts, log_temperature].map(Tensor::tracked);
+    let accuracy = Tensor::from_slice(&[1], &[accuracy(logits.slice()?, count)])?;
+    let loss = record(cx, loss, &inputs.map(Some), || {
+        let to = inputs.map(Tensor::tracked);
         Gradient { to, images: images_1, texts: texts_1, temperature, logits, by_logits }.backward()
     })?;
     Ok(ContrastiveLoss { loss, accuracy })
+}
+
+/// The backward pass on a GPU.
+fn backward_on_device(
+    cx: &Context,
+    flow: &mut Flow,
+    [to_images, to_texts, to_temperature]: [Option<Tracked>; 3],
+    kept: &cuda::Kept,
+) -> Result<()> {
+    let Some(stream) = cx.cuda()? else { return Err(Error::internal("backward", "on another device")) };
+    let [by_products, by_temperature] = kept.by_products(cx, stream, flow.gradient())?;
+    flow.give(cx, to_images, |_| kept.by_images(cx, stream, &by_products))?;
+    flow.give(cx, to_texts, |_| kept.by_texts(cx, stream, &by_products))?;
+    flow.give(cx, to_temperature, |_| Ok(by_temperature))
 }
 
 /// Rows of length 1, and what divided them.
@@ -158,7 +185,7 @@ struct Gradient {
 }
 
 impl Gradient {
-    fn backward(self) -> impl FnOnce(&Context, &mut crate::tensor::autograd::Flow) -> Result<()> {
+    fn backward(self) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
         move |cx, flow| {
             let scale = |g: &Tensor| -> Result<f64> { Ok(f64::from(g.slice::<f32>()?[0])) };
             let [to_images, to_texts, to_temperature] = self.to;
