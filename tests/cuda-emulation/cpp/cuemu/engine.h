@@ -58,7 +58,8 @@ struct Copy {
 
 struct Fiber {
     void *sp = nullptr;
-    char *stack = nullptr;
+    char *stack = nullptr; // null until it runs
+    unsigned stack_number = 0;
     uint3 index{};
     unsigned flat = 0;
     State state = EXITED;
@@ -82,7 +83,8 @@ struct Engine {
     const CuemuLaunch *launch = nullptr;
     uint3 block{};
     dim3 block_size, grid_size;
-    unsigned threads = 0;
+    unsigned threads = 0, free_count = 0;
+    uint16_t free_stacks[CUEMU_THREADS];
     char *dynamic_shared = nullptr;
     unsigned votes = 0; // how many threads came to the last barrier with a true predicate
     uint64_t random = 1, switches = 0;
@@ -177,8 +179,37 @@ CUEMU_PLAIN inline void fiber_main() {
     abort();
 }
 
+// Gives a thread that has not run yet a stack: the one that was given back last, which the cache holds.
+CUEMU_PLAIN inline void start(Fiber &f) {
+    Engine &e = engine;
+    unsigned number = e.free_stacks[--e.free_count];
+    f.stack = e.launch->stacks + number * CUEMU_STACK;
+    f.stack_number = number;
+#if CUEMU_TSAN
+    if (!f.tsan) f.tsan = __tsan_create_fiber(0);
+#endif
+#if CUEMU_ASAN
+    __asan_unpoison_memory_region(f.stack + 4096, CUEMU_STACK - 4096);
+#endif
+#if CUEMU_ASSEMBLY
+    // Aligned to 16; moved a little from stack to stack, or all would share their sets of the cache.
+    void **sp = (void **)(f.stack + CUEMU_STACK - 64 - number * 320 % 16384);
+    *--sp = nullptr; // where a return address would stand
+    *--sp = (void *)&fiber_main;
+    for (int i = 0; i < 6; i++) *--sp = nullptr;
+    f.sp = sp;
+#else
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack;
+    f.context.uc_stack.ss_size = CUEMU_STACK;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, (void (*)())fiber_main, 0);
+#endif
+}
+
 CUEMU_PLAIN inline void resume(Fiber *f) {
     Engine &e = engine;
+    if (!f->stack) start(*f);
     e.current = f;
     e.switches++;
 #if CUEMU_ASAN
@@ -195,30 +226,9 @@ CUEMU_PLAIN inline void resume(Fiber *f) {
 #if CUEMU_ASAN
     __sanitizer_finish_switch_fiber(e.scheduler_fake, nullptr, nullptr);
 #endif
-}
-
-CUEMU_PLAIN inline void start(Fiber &f) {
-    f.stack = engine.launch->stacks + f.flat * CUEMU_STACK;
-#if CUEMU_TSAN
-    if (!f.tsan) f.tsan = __tsan_create_fiber(0);
-#endif
-#if CUEMU_ASAN
-    __asan_unpoison_memory_region(f.stack + 4096, CUEMU_STACK - 4096);
-#endif
-#if CUEMU_ASSEMBLY
-    // Aligned to 16; moved a little from fiber to fiber, or all stacks would share their sets of the cache.
-    void **sp = (void **)(f.stack + CUEMU_STACK - 64 - f.flat * 320 % 16384);
-    *--sp = nullptr; // where a return address would stand
-    *--sp = (void *)&fiber_main;
-    for (int i = 0; i < 6; i++) *--sp = nullptr;
-    f.sp = sp;
-#else
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = CUEMU_STACK;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, (void (*)())fiber_main, 0);
-#endif
+    if (f->state != EXITED) return;
+    e.free_stacks[e.free_count++] = f->stack_number;
+    f->stack = nullptr;
 }
 
 // --- The threads of a block -------------------------------------------------------------------------------------
@@ -251,6 +261,17 @@ CUEMU_PLAIN inline void run_warp(unsigned warp, unsigned *lanes) {
     }
 }
 
+// No thread can go on, though some wait in an operation of their warp.
+[[noreturn]] CUEMU_PLAIN inline void fail_stuck() {
+    Engine &e = engine;
+    for (unsigned i = 0; i < e.threads; i++) {
+        Fiber &f = e.fibers[i], *warp = &e.fibers[i / 32 * 32];
+        for (unsigned l = 0; f.state == AT_WARP && l < 32 && i / 32 * 32 + l < e.threads; l++)
+            if (f.mask >> l & 1 && warp[l].state == EXITED) fail("a lane that a warp mask names has exited");
+    }
+    fail("deadlock: some lanes wait in a warp operation that others never reach");
+}
+
 // Lets all go on if all wait at one barrier; false when all have exited.
 CUEMU_PLAIN inline bool pass_barrier() {
     Engine &e = engine;
@@ -266,7 +287,7 @@ CUEMU_PLAIN inline bool pass_barrier() {
         votes += f.predicate;
     }
     if (exited == e.threads) return false;
-    if (waiting + exited != e.threads) fail("deadlock: some lanes wait in a warp operation that others never reach");
+    if (waiting + exited != e.threads) fail_stuck();
     if (exited) fail("some threads exited before a __syncthreads that the others reached");
     if (!same) fail("threads of one block wait at different __syncthreads");
     for (unsigned i = 0; i < e.threads; i++) e.fibers[i].state = READY;
@@ -284,7 +305,6 @@ CUEMU_PLAIN inline void run_block() {
     for (unsigned i = 0; i < e.threads; i++) {
         Fiber &f = e.fibers[i];
         f.flat = i;
-        start(f);
         f.state = READY;
         f.site = {};
         f.copy_count = f.copy_group = 0;
@@ -342,6 +362,8 @@ CUEMU_PLAIN inline void run(const CuemuLaunch &launch) {
     e.block_size = {launch.block[0], launch.block[1], launch.block[2]};
     e.grid_size = {launch.grid[0], launch.grid[1], launch.grid[2]};
     e.threads = launch.block[0] * launch.block[1] * launch.block[2];
+    for (e.free_count = 0; e.free_count < CUEMU_THREADS; e.free_count++)
+        e.free_stacks[e.free_count] = (uint16_t)(CUEMU_THREADS - 1 - e.free_count);
     e.random = 0x9E3779B97F4A7C15ull * (1 + launch.seed);
 #if CUEMU_TSAN
     e.scheduler_tsan = __tsan_get_current_fiber();

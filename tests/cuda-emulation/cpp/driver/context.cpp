@@ -8,6 +8,19 @@ thread_local std::vector<Context *> stack;
 
 int capability() { return (int)environment("CUEMU_CC", 90); }
 
+int most_shared() {
+    switch (capability()) {
+    case 75: return 64 * 1024;
+    case 80:
+    case 87: return 163 * 1024;
+    case 86:
+    case 89:
+    case 120:
+    case 121: return 99 * 1024;
+    default: return 227 * 1024;
+    }
+}
+
 Context *device(int ordinal) {
     auto &devices = state().devices;
     return ordinal >= 0 && (size_t)ordinal < devices.size() ? devices[ordinal].get() : nullptr;
@@ -96,9 +109,7 @@ API cuDeviceGetUuid_v2(char *uuid, int ordinal) {
 
 API cuDeviceGetUuid(char *uuid, int ordinal) { return cuDeviceGetUuid_v2(uuid, ordinal); }
 
-API cuDeviceGetAttribute(int *value, int attribute, int ordinal) {
-    ENTER(STARTED);
-    if (!device(ordinal)) return INVALID_DEVICE;
+int device_attribute(int attribute) {
     const std::map<int, int> values = {
         {1, CUEMU_THREADS},      // threads of a block
         {2, 1024},               // and their extents
@@ -125,15 +136,19 @@ API cuDeviceGetAttribute(int *value, int attribute, int ordinal) {
         {78, 1},                 // priorities of streams
         {81, 228 * 1024},        // shared memory of a multiprocessor
         {82, 65536},             // its registers
-        {97, 227 * 1024},        // shared memory of a block, when asked for
+        {97, most_shared()},     // shared memory of a block, when asked for
         {106, 32},               // blocks of a multiprocessor
         {111, 1024},             // shared memory that the system takes from a block
         {115, 1},                // memory pools
     };
     auto found = values.find(attribute);
-    *value = found == values.end() ? 0 : found->second;
-    if (attribute == 97 && capability() == 75) *value = 64 * 1024;
-    if (attribute == 97 && (capability() == 86 || capability() == 89 || capability() == 120)) *value = 99 * 1024;
+    return found == values.end() ? 0 : found->second;
+}
+
+API cuDeviceGetAttribute(int *value, int attribute, int ordinal) {
+    ENTER(STARTED);
+    if (!device(ordinal)) return INVALID_DEVICE;
+    *value = device_attribute(attribute);
     return SUCCESS;
 }
 

@@ -116,9 +116,7 @@ API cuFuncSetAttribute(void *handle, int attribute, int value) {
     Function *function = function_of(handle);
     if (!function) return INVALID_HANDLE;
     if (attribute != 8) return attribute == 9 ? SUCCESS : INVALID_VALUE;
-    int most = 0;
-    if (int error = cuDeviceGetAttribute(&most, 97, function->module->context->device)) return error;
-    if (value < 0 || value > most) return INVALID_VALUE;
+    if (value < 0 || value > device_attribute(97)) return INVALID_VALUE;
     function->most_dynamic = value;
     return SUCCESS;
 }

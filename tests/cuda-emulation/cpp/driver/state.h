@@ -132,6 +132,7 @@ int leave(Needs needs = CONTEXT);
     if (int error = leave(__VA_ARGS__)) return error
 
 Context *current();
+int device_attribute(int attribute);
 void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 long environment(const char *name, long otherwise);
 
@@ -147,8 +148,6 @@ void run_all(Context *context);
 // For an entry point that a capture under way forbids; marks the capture as broken.
 int forbidden_in_capture();
 int break_capture(Stream &stream);
-
-API cuDeviceGetAttribute(int *value, int attribute, int device);
 
 // --- Memory -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 //! Kernels compiled by the fake NVRTC, launched through the bindings that the library uses.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::ffi::{CString, c_char};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,8 +18,13 @@ pub fn alone() -> MutexGuard<'static, ()> {
 
 /// Machine code for the architecture that the emulated device has, or the compiler's messages.
 pub fn compile(source: &str, options: &[&str]) -> Result<Vec<u8>, String> {
+    compile_for("sm_90", source, options)
+}
+
+pub fn compile_for(target: &str, source: &str, options: &[&str]) -> Result<Vec<u8>, String> {
     let program = result::create_program(&CString::new(source).unwrap(), Some(c"test.cu")).unwrap();
-    let options: Vec<&str> = options.iter().copied().chain(["--gpu-architecture=sm_90"]).collect();
+    let target = format!("--gpu-architecture={target}");
+    let options: Vec<&str> = options.iter().copied().chain([target.as_str()]).collect();
     // SAFETY: the program lives until the end; the buffer is as long as the library says.
     unsafe {
         let compiled = result::compile_program(program, &options);

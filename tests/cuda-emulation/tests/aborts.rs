@@ -1,0 +1,99 @@
+//! Mistakes that end the process, each tried in a process of its own.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::process::{Command, Output};
+
+use common::{alone, module, shape};
+use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg};
+
+/// Kernels with a mistake, and what is said of it. Each gets 40 floats and is launched with 64 threads.
+const MISTAKES: [(&str, &str, &str); 7] = [
+    (
+        "exited",
+        "if (threadIdx.x >= n) return; __syncthreads(); x[0] = 0;",
+        "some threads exited before a __syncthreads",
+    ),
+    ("different", "if (threadIdx.x < 32) __syncthreads();\nelse __syncthreads();", "different __syncthreads"),
+    (
+        "mask",
+        "x[0] = threadIdx.x < 20 ? __shfl_xor_sync(~0u, 1, 1) : 0;",
+        "a lane that a warp mask names has exited",
+    ),
+    ("deadlock", "threadIdx.x % 2 ? (void)__syncthreads() : __syncwarp();", "deadlock"),
+    ("shared", "cuemu::dyn_shared<float>()[0] = 0;", "was launched without"),
+    (
+        "past",
+        "if (threadIdx.x < 41) x[threadIdx.x] = 0;",
+        "something wrote past the end of device memory of 160 bytes",
+    ),
+    ("before", "x[(int)threadIdx.x - 1] = 0;", "something wrote before the start of device memory"),
+];
+
+/// In a child, a mistake.
+#[test]
+fn a_right_kernel_runs() {
+    let _alone = alone();
+    let name = std::env::var("CUEMU_TEST_MISTAKE").unwrap_or_default();
+    let mistake = MISTAKES.into_iter().find(|(each, ..)| *each == name);
+    let body =
+        mistake.map_or("__syncthreads(); if (threadIdx.x < n) x[threadIdx.x] = 0;", |(_, body, _)| body);
+    launch(body, shape(1, if name == "before" { 40 } else { 64 }));
+}
+
+fn launch(body: &str, shape: LaunchConfig) {
+    let source =
+        format!("extern \"C\" __global__ void kernel(float *x, int n) {{ {body} }}\nCU_KERNEL(kernel)\n");
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let kernel = module(&context, &source).load_function("kernel").unwrap();
+    let mut x = stream.alloc_zeros::<f32>(40).unwrap();
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&mut x).arg(&40i32);
+    // SAFETY: the arguments are the kernel's; what it does wrong is the test's subject.
+    unsafe { launch.launch(shape) }.unwrap();
+    drop(x);
+    stream.synchronize().unwrap();
+}
+
+fn child(name: &str, environment: &[(&str, String)]) -> Output {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "a_right_kernel_runs", "--nocapture"]).env("CUEMU_TEST_MISTAKE", name);
+    command.envs(environment.iter().map(|(name, value)| (name, value))).output().unwrap()
+}
+
+#[test]
+fn mistakes_are_named() {
+    for (name, _, message) in MISTAKES {
+        let output = child(name, &[]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains(message), "{name}: {text}");
+    }
+}
+
+/// The sanitizer's library must be in the process before all others.
+#[test]
+fn sanitizers_watch_kernels() {
+    let library = |name: &str| {
+        let output = Command::new("gcc").arg(format!("-print-file-name={name}")).output().ok()?;
+        let path = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        path.starts_with('/').then_some(path)
+    };
+    let (Some(asan), Some(ubsan)) = (library("libasan.so"), library("libubsan.so")) else {
+        println!("skipped: no sanitizers beside gcc");
+        return;
+    };
+    let environment = [
+        ("CUEMU_CXXFLAGS", "-fsanitize=address,undefined -fno-sanitize-recover=undefined".to_owned()),
+        ("LD_PRELOAD", format!("{asan} {ubsan}")),
+        ("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0".to_owned()),
+    ];
+    let output = child("past", &environment);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && text.contains("heap-buffer-overflow") && text.contains("test.cu:1"),
+        "{text}"
+    );
+}
