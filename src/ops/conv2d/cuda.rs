@@ -35,8 +35,9 @@ const LEAST_ROWS: usize = 512;
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Pictures {
-    first: i64,
-    rows: i64,
+    sample: i32,
+    first: i32,
+    rows: i32,
     height: i32,
     width: i32,
     inputs: i32,
@@ -47,7 +48,7 @@ struct Pictures {
     padding: i32,
     leading: i32,
 }
-// SAFETY: two `long long` and ten `int`, in this order, without gaps.
+// SAFETY: thirteen `int`, in this order.
 unsafe impl Parameter for Pictures {}
 
 /// Patches of an input, some rows at a time.
@@ -86,11 +87,13 @@ impl<'a> Patches<'a> {
     /// The patches of `count` pixels from number `first` on, as a matrix.
     fn gather(&mut self, first: usize, count: usize) -> Result<Matrix> {
         let (sizes, address) = (self.sizes, self.held.on_mut(self.stream)?);
+        let per_sample = sizes.out_height * sizes.out_width;
         let per_load = 16 / self.precision.size();
         let wide = sizes.inputs.is_multiple_of(per_load) && self.input.address().is_multiple_of(16);
         let pictures = Pictures {
-            first: first as i64,
-            rows: count as i64,
+            sample: (first / per_sample) as i32,
+            first: (first % per_sample) as i32,
+            rows: count as i32,
             height: sizes.height as i32,
             width: sizes.width as i32,
             inputs: sizes.inputs as i32,
