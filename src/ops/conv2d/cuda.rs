@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::follow::Follow;
 use super::{Epilogue, Sizes};
 use crate::device::Context;
 use crate::device::cuda::{
     Batch, Launch, Matrix, Parameter, Precision, Product, Stream, Tail, Taken, kernels,
 };
 use crate::error::Result;
+use crate::ops::linear::cuda::{Held, Rows};
 use crate::ops::sums;
 use crate::tensor::{DType, Tensor};
 
@@ -130,7 +130,8 @@ pub fn compute(
     let rows = dims[0] * per_sample;
     let dtype = DType::of_activations(cx);
     let precision = dtype.precision().unwrap_or(Precision::F32);
-    let follow = Follow::new(cx, stream, epilogue, dims[0], outputs)?;
+    let of_result = Rows { count: rows, per_sample, outputs, precision };
+    let follows = Held::new(cx, stream, epilogue, &of_result)?;
     let mut out = Tensor::new(cx, "convolution", &dims, dtype)?;
     let to = out.on_mut(stream)?;
     if rows * outputs == 0 {
@@ -154,7 +155,7 @@ pub fn compute(
             transposed,
         };
         let (a, b) = (matrix(&x, false), matrix(&weight, true));
-        let tail = follow.tail(0, per_sample);
+        let tail = follows.tail();
         // SAFETY: x and the result have so many rows, the weight a row for each output; the tail's are of the result.
         unsafe { stream.multiply(&product([rows, outputs, sizes.inputs], a, b, result(0), tail))? };
         return Ok(out);
@@ -168,13 +169,13 @@ pub fn compute(
         transposed: true,
     };
     // Products may begin within a sample, but then end in it, if samples have modulations of their own.
-    let group = if follow.is_by_sample() { (patches.most / per_sample).max(1) * per_sample } else { rows };
+    let group = if follows.is_by_sample() { (patches.most / per_sample).max(1) * per_sample } else { rows };
     for start in (0..rows).step_by(group) {
         let end = rows.min(start + group);
         for first in (start..end).step_by(patches.most) {
             let count = patches.most.min(end - first);
             let a = patches.gather(first, count)?;
-            let tail = follow.tail(first, per_sample);
+            let tail = follows.tail_from(first);
             let sides = [count, outputs, patches.leading];
             // SAFETY: there are so many patches and filters, both filled up with zeros; the result has these rows, and
             // the tail's are of it.
