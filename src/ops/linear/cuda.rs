@@ -27,6 +27,7 @@ pub(crate) struct Rows {
 /// An epilogue whose tensors lie on the device.
 pub(crate) struct Held {
     tail: Tail,
+    rows: Rows,
     _taken: Vec<Taken>,
 }
 
@@ -63,12 +64,30 @@ impl Held {
             modulation: take("linear modulation", e.modulation, Precision::F32)?,
             rows_per_sample: if by_sample == Some(true) { rows.per_sample } else { 0 },
         };
-        Ok(Held { tail, _taken: taken })
+        Ok(Held { tail, rows: *rows, _taken: taken })
     }
 
     /// For a product, while this lives.
     pub fn tail(&self) -> Tail {
         self.tail
+    }
+
+    /// That of a product of the rows from number `first` on. Where samples have modulations of their own, all of them
+    /// lie in one sample, or `first` is the first of one.
+    pub fn tail_from(&self, first: usize) -> Tail {
+        let Rows { per_sample, outputs, precision, .. } = self.rows;
+        let skipped = |address, bytes: usize| if address == 0 { 0 } else { address + bytes as u64 };
+        let sample = if self.is_by_sample() { first / per_sample.max(1) } else { 0 };
+        Tail {
+            residual: skipped(self.tail.residual, first * outputs * precision.size()),
+            modulation: skipped(self.tail.modulation, sample * 2 * outputs * size_of::<f32>()),
+            ..self.tail
+        }
+    }
+
+    /// Whether each sample has a modulation of its own.
+    pub fn is_by_sample(&self) -> bool {
+        self.tail.rows_per_sample > 0
     }
 }
 
