@@ -142,20 +142,20 @@ void wst_error_free(wst_error *error);
 typedef struct wst_device_info_t {
     /** The size that the caller was compiled with, in bytes. */
     uint32_t struct_size;
-    /** Cores that this process may use. */
+    /** Cores that this process may use; a GPU's multiprocessors. */
     uint32_t threads;
     /** Memory of the device. */
     uint64_t memory_bytes;
     /** What of it is available now. */
     uint64_t memory_available_bytes;
-    /** The name that wst_model_options_set_device takes, "cpu". */
+    /** The name that wst_model_options_set_device takes: "cpu", "cuda:0". */
     char name[64];
     /** What the device calls itself, for people. */
     char description[128];
 } wst_device_info_t;
 
 /**
- * How many compute devices there are; at least 1, the CPU.
+ * How many compute devices there are; at least 1, the CPU. GPUs come after it, where NVIDIA's driver is found.
  *
  * Owner: nothing changes hands.
  * Threads: any.
@@ -463,11 +463,13 @@ wst_model_options *wst_model_options_new(void);
 void wst_model_options_free(wst_model_options *options);
 
 /**
- * Where the model computes: "auto" (default: the fastest there is), "cpu", "cuda", "cuda:1".
+ * Where the model computes: "auto" (default: the first GPU if it can be used, else the CPU), "cpu", "cuda" (the first
+ * GPU), "cuda:1". Whether the machine has it shows when a model is opened: WST_UNSUPPORTED then names the libraries
+ * that were tried.
  *
  * Owner: `device` is copied.
  * Threads: one at a time per options.
- * Errors: WST_INVALID_ARGUMENT; WST_UNSUPPORTED for a device that this build or machine lacks; WST_BUSY.
+ * Errors: WST_INVALID_ARGUMENT for a name that is none, WST_BUSY.
  */
 WST_WARN_UNUSED
 wst_status wst_model_options_set_device(wst_model_options *options,
@@ -487,16 +489,32 @@ wst_status wst_model_options_set_threads(wst_model_options *options,
                                          wst_error **error);
 
 /**
- * The type in which the model computes: WST_F32 (default), WST_F16 or WST_BF16, where the device has it.
+ * The type of activations: on the CPU WST_F32; on a GPU WST_BF16 (default from compute capability 8.0 on), WST_F16
+ * (default before it) or WST_F32. Sums are always in F32. What the device lacks is WST_UNSUPPORTED when a model is
+ * opened.
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.
- * Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY.
  */
 WST_WARN_UNUSED
 wst_status wst_model_options_set_compute_dtype(wst_model_options *options,
                                                wst_dtype dtype,
                                                wst_error **error);
+
+/**
+ * A CUDA stream of the host's (a CUstream or cudaStream_t) in the primary context of the device: all work runs on it,
+ * behind what the host gave it before, one call at a time; another call gets WST_BUSY. NULL (default): streams of the
+ * library's own, one for each call that runs.
+ *
+ * Owner: the stream stays the caller's and must outlive the model and everything made with it.
+ * Threads: one at a time per options.
+ * Errors: WST_INVALID_ARGUMENT, WST_BUSY. The stream is looked at when a model is opened.
+ */
+WST_WARN_UNUSED
+wst_status wst_model_options_set_cuda_stream(wst_model_options *options,
+                                             void *stream,
+                                             wst_error **error);
 
 /**
  * Which weights are kept ready; WST_RESIDENCY_AUTO by default.

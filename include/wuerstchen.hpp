@@ -247,6 +247,8 @@ public:
     ModelOptions &set_device(const std::string &device) { return set_(wst_model_options_set_device, detail::c_str("device", device)); }
     ModelOptions &set_threads(std::uint32_t threads) { return set_(wst_model_options_set_threads, threads); }
     ModelOptions &set_compute_dtype(wst_dtype dtype) { return set_(wst_model_options_set_compute_dtype, dtype); }
+    /// A CUstream or cudaStream_t that all work runs on; it must outlive the model.
+    ModelOptions &set_cuda_stream(void *stream) { return set_(wst_model_options_set_cuda_stream, stream); }
     ModelOptions &set_residency(wst_residency residency) { return set_(wst_model_options_set_residency, residency); }
     ModelOptions &set_log(wst_log_level level, LogFunction function) {
         auto log = std::make_shared<LogFunction>(std::move(function));

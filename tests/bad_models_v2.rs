@@ -15,7 +15,7 @@ use damage::{check_refused, complaint};
 use errors::{Kind, assert_error};
 use folder::{Folder, V2_PARTS, bare, file_of, open, picture, read_tensors, short, tiny, v2, weights_of};
 use serde_json::{Value, json};
-use wuerstchen::{Error, Image, Model, ModelOptions, Result, Stage};
+use wuerstchen::{Error, Image, Model, Result, Stage};
 
 /// Opens the model with both halves after one change.
 fn opened(change: impl FnOnce(&Folder)) -> (Folder, Result<Model>) {
@@ -361,7 +361,7 @@ fn halves_of_different_models() {
 }
 
 fn join(path: &Path, others: &[(&str, &Path)]) -> Result<Model> {
-    let mut options = ModelOptions::default();
+    let mut options = folder::options();
     for (key, path) in others {
         options.set(key, path.to_str().unwrap())?;
     }

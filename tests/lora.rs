@@ -16,7 +16,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use wuerstchen::tensor::rng::Philox;
 use wuerstchen::training::{Goal, TrainOptions, Trainer, merge_adapter};
-use wuerstchen::{Image, Model, ModelOptions, Result, Tensor};
+use wuerstchen::{Image, Model, Result, Tensor};
 
 const FILE: &str = "pytorch_lora_weights.safetensors";
 /// Of the largest number: where a product is rounded is all that differs.
@@ -79,7 +79,7 @@ impl Subject {
 }
 
 fn open(folder: &Path, options: &[(&str, &str)]) -> Result<Model> {
-    let mut all = ModelOptions::default();
+    let mut all = folder::options();
     all.set_threads(2)?;
     for (key, value) in options {
         all.set(key, value)?;
@@ -223,7 +223,7 @@ fn adapters_of_other_models_are_refused() {
     assert_error("no file", subject.open(&[("lora", text(&missing))]), Kind::Io, &["none"]);
     let decoder = open(&v2("decoder"), &[("lora", text(&file))]);
     assert_error("no Stage C", decoder, Kind::Argument, &["lora", "Stage C"]);
-    let mut options = ModelOptions::default();
+    let mut options = folder::options();
     let not_finite = options.set("lora_scale", "inf");
     assert_error("a scale", not_finite, Kind::Argument, &["lora_scale", "finite"]);
     let inside = merge_adapter(folder.path(), &file, 1.0, &folder.path().join("a/b"));

@@ -13,7 +13,7 @@ use wuerstchen::diffusion::tokens::{Choice, TokenSampling, renoise};
 use wuerstchen::ops::token_choice::{TokenChoice, choose_tokens};
 use wuerstchen::pipeline::load;
 use wuerstchen::stages::blocks::Conditioning;
-use wuerstchen::{Context, GenerateOptions, Model, ModelOptions, Result, Tensor};
+use wuerstchen::{Context, GenerateOptions, Model, Result, Tensor};
 
 #[test]
 fn schedule() {
@@ -294,7 +294,7 @@ fn renoising_puts_tokens_back() {
 fn check_pipeline(name: &str, folder: &std::path::Path) {
     let (cx, case) = (context(), Case::read(name));
     let settings = &case.settings;
-    let model = Model::open(folder, &ModelOptions::default()).unwrap();
+    let model = Model::open(folder, &common::options()).unwrap();
     let prompts: Vec<&str> =
         settings["prompts"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
     let negative = settings["negative_prompt"].as_str().unwrap();

@@ -12,7 +12,7 @@ use wuerstchen::diffusion::latents::{ddpm_step, diffuse};
 use wuerstchen::diffusion::noise::Draw;
 use wuerstchen::diffusion::schedule::{CosineSchedule, DEFAULT_OFFSET, linspace};
 use wuerstchen::pipeline::load;
-use wuerstchen::{GenerateOptions, Model, ModelOptions, Stage, Tensor};
+use wuerstchen::{GenerateOptions, Model, Stage, Tensor};
 
 /// Noise predictions of a whole step: guidance multiplies the difference of two by 4.
 const STEP_TOLERANCE: f64 = NETWORK_TOLERANCE;
@@ -22,7 +22,7 @@ fn v2(folder: &str) -> PathBuf {
 }
 
 fn open(folder: &str) -> Model {
-    Model::open(&v2(folder), &ModelOptions::default()).unwrap()
+    Model::open(&v2(folder), &common::options()).unwrap()
 }
 
 #[test]
@@ -215,10 +215,10 @@ fn pipeline_with_decoder_guidance() {
 /// The folders hold the same weights: joined either way they make the same pictures.
 #[test]
 fn pipeline_of_two_folders() {
-    let mut options = ModelOptions::default();
+    let mut options = common::options();
     options.set("decoder_path", v2("decoder").to_str().unwrap()).unwrap();
     check_pipeline("v2_pipeline_cfg2", &Model::open(&v2("prior"), &options).unwrap());
-    let mut options = ModelOptions::default();
+    let mut options = common::options();
     options.set_prior_path(v2("prior")).unwrap();
     check_pipeline("v2_pipeline_cfg0", &Model::open(&v2("decoder"), &options).unwrap());
 }

@@ -16,7 +16,7 @@ use wuerstchen::image::from_pixels;
 use wuerstchen::nn::Mode;
 use wuerstchen::pipeline::load;
 use wuerstchen::stages::blocks::Conditioning;
-use wuerstchen::{Choice, Error, GenerateOptions, Image, Model, ModelOptions, Sampler, Stage, Tensor};
+use wuerstchen::{Choice, Error, GenerateOptions, Image, Model, Sampler, Stage, Tensor};
 
 const WHITE: [u8; 3] = [255, 255, 255];
 const RED: [u8; 3] = [220, 30, 30];
@@ -501,7 +501,7 @@ fn options_by_name() {
     for key in cases.map(|case| case.0) {
         assert!(text.contains(key), "{key} is not in: {text}");
     }
-    let mut model_options = ModelOptions::default();
+    let mut model_options = common::options();
     for (key, value) in [("device", "cpu"), ("threads", "2"), ("compute_dtype", "f32"), ("residency", "all")]
     {
         model_options.set(key, value).unwrap();

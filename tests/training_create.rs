@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use common::fixtures;
 use safetensors::{Dtype, SafeTensors};
 use wuerstchen::training::create_model;
-use wuerstchen::{Error, GenerateOptions, Model, ModelOptions};
+use wuerstchen::{Error, GenerateOptions, Model};
 
 const PARTS: [&str; 5] = ["text_encoder", "image_encoder", "stage_a", "stage_b", "stage_c"];
 
@@ -80,7 +80,7 @@ fn configurations_become_a_model_that_draws() {
         assert_eq!(outline(&weights(&made, part)), expected, "{part}");
         assert!(!configs.join(part).join("model.safetensors").exists());
     }
-    let model = Model::open(&made, &ModelOptions::default()).unwrap();
+    let model = Model::open(&made, &common::options()).unwrap();
     let mut options = GenerateOptions::new(&model).unwrap();
     options.add_prompt("a red apple", None).unwrap();
     options.set("stage_c_steps", "3").unwrap();

@@ -6,7 +6,7 @@ mod common;
 
 use common::fixtures;
 use wuerstchen::training::{Goal, TrainOptions, Trainer};
-use wuerstchen::{Error, Image, Model, ModelOptions};
+use wuerstchen::{Error, Image, Model};
 
 /// Writing beyond this fails as on a full disk: enough for some files of a checkpoint, not for all.
 const LIMIT_BYTES: libc::rlim_t = 64 << 10;
@@ -29,7 +29,7 @@ fn the_old_checkpoint_stays() {
     drop(std::fs::remove_dir_all(&root));
     std::fs::create_dir_all(&root).unwrap();
     let path = root.join("checkpoint");
-    let model = Model::open(&fixtures().join("model"), &ModelOptions::default()).unwrap();
+    let model = Model::open(&fixtures().join("model"), &common::options()).unwrap();
     let new = || Trainer::new(&model, &TrainOptions::new(Goal::StageC)).unwrap();
     let mut trainer = new();
     let side = model.info().default_width;

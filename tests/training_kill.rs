@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::fixtures;
 use wuerstchen::tensor::rng::Philox;
 use wuerstchen::training::{Ema, Goal, Sample, TrainOptions, Trainer};
-use wuerstchen::{Image, Model, ModelOptions};
+use wuerstchen::{Image, Model};
 
 /// How often the process is killed.
 const KILLS: u64 = 200;
@@ -23,7 +23,7 @@ const LONGEST_LIFE_MS: u32 = 250;
 const FOLDER: &str = "WUERSTCHEN_TEST_KILL_FOLDER";
 
 fn trainer() -> Trainer {
-    let mut model = ModelOptions::default();
+    let mut model = common::options();
     model.set_threads(1).unwrap();
     let mut options = TrainOptions::new(Goal::StageC);
     options.set_warmup_steps(5);
@@ -32,7 +32,7 @@ fn trainer() -> Trainer {
 }
 
 fn samples(trainer: &Trainer) -> Vec<Sample> {
-    let side = Model::open(&fixtures().join("model"), &ModelOptions::default()).unwrap().info().default_width;
+    let side = Model::open(&fixtures().join("model"), &common::options()).unwrap().info().default_width;
     let image = Image::build(side, side, |bytes| {
         bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 31 % 251) as u8);
     });

@@ -18,7 +18,7 @@ use wuerstchen::tensor::autograd::{Gradients, Tape};
 use wuerstchen::training::objectives::contrast::{Batch, Pair, PairConfig};
 use wuerstchen::training::parameters::{Parameters, Role};
 use wuerstchen::training::{Ema, Goal, Retrieval, TrainOptions, Trainer};
-use wuerstchen::{Error, Image, Model, ModelOptions, Result, Tensor};
+use wuerstchen::{Error, Image, Model, Result, Tensor};
 
 /// A folder that goes away with the test.
 struct Scratch(PathBuf);
@@ -99,7 +99,7 @@ fn train(model: &Model, steps: usize, side: u32) -> (Trainer, Vec<f32>) {
 #[test]
 fn a_trained_pair_goes_on_and_is_written_back_under_its_names() {
     let scratch = Scratch::new("on");
-    let model = Model::open(&emoji(), &ModelOptions::default()).unwrap();
+    let model = Model::open(&emoji(), &common::options()).unwrap();
     let (trainer, losses) = train(&model, 12, 128);
     assert!(losses[11] < 0.7 * losses[0], "{losses:?}");
     let folder = scratch.0.join("model");
@@ -140,7 +140,7 @@ fn a_trained_pair_goes_on_and_is_written_back_under_its_names() {
 #[test]
 fn a_pair_begins_from_the_encoder_and_goes_on_from_a_checkpoint() {
     let scratch = Scratch::new("fresh");
-    let model = Model::open(&fixtures().join("model"), &ModelOptions::default()).unwrap();
+    let model = Model::open(&fixtures().join("model"), &common::options()).unwrap();
     let none = Retrieval::of(&model).map(drop).unwrap_err();
     assert!(matches!(none, Error::Unsupported { .. }), "{none}");
 
@@ -172,7 +172,7 @@ fn a_pair_begins_from_the_encoder_and_goes_on_from_a_checkpoint() {
 fn the_temperature_stays_below_its_bound() {
     let scratch = Scratch::new("bound");
     let folder = scratch.0.join("model");
-    let model = Model::open(&emoji(), &ModelOptions::default()).unwrap();
+    let model = Model::open(&emoji(), &common::options()).unwrap();
     Trainer::new(&model, &options()).unwrap().export(&folder).unwrap();
     let path = folder.join("clip_pair/model.safetensors");
     let mut file = fs::read(&path).unwrap();
@@ -182,7 +182,7 @@ fn the_temperature_stays_below_its_bound() {
     let place = view(&file) - file.as_ptr() as usize;
     file[place..place + 4].copy_from_slice(&7f32.to_le_bytes());
     fs::write(&path, file).unwrap();
-    let (trainer, _) = train(&Model::open(&folder, &ModelOptions::default()).unwrap(), 1, 128);
+    let (trainer, _) = train(&Model::open(&folder, &common::options()).unwrap(), 1, 128);
     trainer.export(&folder).unwrap();
     assert_eq!(scalar(&tensors(&path), "logit_scale"), 100f32.ln());
 }

@@ -11,7 +11,7 @@ use common::fixtures;
 use common::ranks::{EPS_ABOVE_NOISE, Links, Named, ThreadRank, assert_same_losses, assert_same_weights};
 use wuerstchen::device::Reduce;
 use wuerstchen::training::{Goal, TrainOptions, Trainer};
-use wuerstchen::{Error, Image, Model, ModelOptions, Result};
+use wuerstchen::{Error, Image, Model, Result};
 
 const RATE: f64 = 1e-3;
 const BATCH: usize = 8;
@@ -30,7 +30,7 @@ fn options(goal: Goal, settings: &[(&str, &str)]) -> TrainOptions {
 }
 
 fn trainer(options: &TrainOptions) -> Trainer {
-    let mut model_options = ModelOptions::default();
+    let mut model_options = common::options();
     model_options.set_threads(1).unwrap();
     let model = Model::open(&fixtures().join("model"), &model_options).unwrap();
     Trainer::new(&model, options).unwrap()

@@ -8,10 +8,10 @@ use std::path::PathBuf;
 
 use common::fixtures;
 use wuerstchen::training::{Ema, Goal, Sample, TrainMetrics, TrainOptions, Trainer};
-use wuerstchen::{DType, GenerateOptions, Image, Model, ModelOptions};
+use wuerstchen::{DType, GenerateOptions, Image, Model};
 
 fn model() -> Model {
-    Model::open(&fixtures().join("model"), &ModelOptions::default()).unwrap()
+    Model::open(&fixtures().join("model"), &common::options()).unwrap()
 }
 
 /// The fixture model's own size.
@@ -149,7 +149,7 @@ fn assert_same_pictures(folder: &std::path::Path, same: bool, why: &str) {
         options.add_prompt("a cat", None).unwrap();
         model.generate(&options).unwrap()[0].data().to_vec()
     };
-    let exported = Model::open(folder, &ModelOptions::default()).unwrap();
+    let exported = Model::open(folder, &common::options()).unwrap();
     assert_eq!(draw(&exported) == draw(&model()), same, "{why}");
 }
 

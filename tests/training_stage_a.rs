@@ -21,7 +21,7 @@ use wuerstchen::training::objectives::stage_a::{
 };
 use wuerstchen::training::parameters::{Parameters, Role};
 use wuerstchen::training::{Goal, TrainOptions, Trainer};
-use wuerstchen::{Context, Image, Model, ModelOptions, Tensor};
+use wuerstchen::{Context, Image, Model, Tensor};
 
 /// A leaf that is no parameter.
 const INPUT: usize = 1 << 20;
@@ -268,7 +268,7 @@ fn the_judge_learns_from_both_kinds_alike() {
 }
 
 fn model() -> Model {
-    let mut options = ModelOptions::default();
+    let mut options = common::options();
     options.set_threads(2).unwrap();
     Model::open(&fixtures().join("model"), &options).unwrap()
 }
@@ -384,7 +384,7 @@ fn steps_do_not_depend_on_threads() {
     let lpips = fixtures().join("lpips/weights.safetensors");
     let set = [("adversary_start", "0"), ("perceptual", lpips.to_str().unwrap())];
     let [one, three] = [1, 3].map(|threads| {
-        let mut of_model = ModelOptions::default();
+        let mut of_model = common::options();
         of_model.set_threads(threads).unwrap();
         let mut trainer = Trainer::new(&Model::open(&folder, &of_model).unwrap(), &options(&set)).unwrap();
         steps(&mut trainer, &pictures(3), 2);
@@ -483,7 +483,7 @@ fn dead_codes_are_put_back() {
 
 #[test]
 fn the_stage_a_of_v2_trains() {
-    let model = Model::open(&fixtures().join("v2/model"), &ModelOptions::default()).unwrap();
+    let model = Model::open(&fixtures().join("v2/model"), &common::options()).unwrap();
     let mut trainer = Trainer::new(&model, &options(&[("adversary_start", "0")])).unwrap();
     let losses = steps(&mut trainer, &pictures(2), 5);
     assert!(losses.iter().all(|loss| loss.is_finite()));

@@ -15,7 +15,7 @@ use errors::{Kind, assert_error};
 use folder::{Folder, V2_PARTS, bare, open, read_tensors, rounded, short, v2, weights_of};
 use safetensors::Dtype;
 use shared::{all_of, made, model, numbers, some_latents, steps};
-use wuerstchen::{GenerateOptions, Image, Model, ModelOptions, Result, Stage, Tensor};
+use wuerstchen::{GenerateOptions, Image, Model, Result, Stage, Tensor};
 
 #[test]
 fn a_model_of_the_prior_alone() {
@@ -150,7 +150,7 @@ fn info_of_both_halves() {
 
 #[test]
 fn residency_changes_memory_and_not_pictures() {
-    let mut options = ModelOptions::default();
+    let mut options = common::options();
     options.set("residency", "stage").unwrap();
     let stage_by_stage = Model::open(&v2("model"), &options).unwrap();
     let whole = model();

@@ -73,6 +73,15 @@ func WithComputeDType(dtype DType) ModelOption {
 	}
 }
 
+// WithCUDAStream runs all work on a CUDA stream of the host's, a CUstream or cudaStream_t, one call at a time. The
+// stream must outlive the model.
+func WithCUDAStream(stream unsafe.Pointer) ModelOption {
+	return func(o *modelOptions) error {
+		var cError *C.wst_error
+		return check(C.wst_model_options_set_cuda_stream(o.pointer, stream, &cError), &cError)
+	}
+}
+
 // Residency says which weights are kept ready.
 type Residency int32
 

@@ -1,10 +1,11 @@
-//! The compute devices of this machine. Looked up anew in every call: nothing is kept.
+//! The compute devices of this machine: the CPU, then NVIDIA's GPUs.
 
 use std::ffi::c_char;
 
 use super::boundary::{Sized32, StructOut, boundary};
 use super::error::{wst_error, wst_status};
 use crate::error::Error;
+use crate::pipeline::devices;
 
 /// A compute device. Set `struct_size` to `sizeof(wst_device_info_t)` before the call.
 #[repr(C)]
@@ -12,13 +13,13 @@ use crate::error::Error;
 pub struct wst_device_info_t {
     /// The size that the caller was compiled with, in bytes.
     pub struct_size: u32,
-    /// Cores that this process may use.
+    /// Cores that this process may use; a GPU's multiprocessors.
     pub threads: u32,
     /// Memory of the device.
     pub memory_bytes: u64,
     /// What of it is available now.
     pub memory_available_bytes: u64,
-    /// The name that wst_model_options_set_device takes, "cpu".
+    /// The name that wst_model_options_set_device takes: "cpu", "cuda:0".
     pub name: [c_char; 64],
     /// What the device calls itself, for people.
     pub description: [c_char; 128],
@@ -30,14 +31,19 @@ unsafe impl Sized32 for wst_device_info_t {
     const FIRST_END: usize = 8;
 }
 
-/// How many compute devices there are; at least 1, the CPU.
+/// How many compute devices there are; at least 1, the CPU. GPUs come after it, where NVIDIA's driver is found.
 ///
 /// Owner: nothing changes hands.
 /// Threads: any.
 /// Errors: none.
 #[unsafe(no_mangle)]
 pub extern "C" fn wst_device_count() -> usize {
-    1
+    1 + gpus()
+}
+
+/// A panic of the bindings is no GPU.
+fn gpus() -> usize {
+    std::panic::catch_unwind(devices::gpu_count).unwrap_or(0)
 }
 
 /// Describes device `index`; the CPU is device 0.
@@ -58,7 +64,10 @@ pub unsafe extern "C" fn wst_device_info(
             if index >= count {
                 return Err(Error::argument("index", format!("below {count}, the number of devices"), index));
             }
-            Ok(cpu())
+            match index.checked_sub(1) {
+                None => Ok(cpu()),
+                Some(number) => gpu(number),
+            }
         })
     }
 }
@@ -76,6 +85,21 @@ fn cpu() -> wst_device_info_t {
     fill(&mut info.name, "cpu");
     fill(&mut info.description, &cpu_name());
     info
+}
+
+fn gpu(number: usize) -> Result<wst_device_info_t, Error> {
+    let found = devices::gpu_info(number)?;
+    let mut info = wst_device_info_t {
+        struct_size: size_of::<wst_device_info_t>() as u32,
+        threads: found.threads,
+        memory_bytes: found.memory_bytes,
+        memory_available_bytes: found.memory_available_bytes,
+        name: [0; 64],
+        description: [0; 128],
+    };
+    fill(&mut info.name, &found.name);
+    fill(&mut info.description, &found.description);
+    Ok(info)
 }
 
 /// Writes as many whole characters as fit, and a NUL byte.

@@ -173,11 +173,13 @@ fn busy() -> Error {
     Error::Busy { what: "options".into() }
 }
 
-/// Where the model computes: "auto" (default: the fastest there is), "cpu", "cuda", "cuda:1".
+/// Where the model computes: "auto" (default: the first GPU if it can be used, else the CPU), "cpu", "cuda" (the first
+/// GPU), "cuda:1". Whether the machine has it shows when a model is opened: WST_UNSUPPORTED then names the libraries
+/// that were tried.
 ///
 /// Owner: `device` is copied.
 /// Threads: one at a time per options.
-/// Errors: WST_INVALID_ARGUMENT; WST_UNSUPPORTED for a device that this build or machine lacks; WST_BUSY.
+/// Errors: WST_INVALID_ARGUMENT for a name that is none, WST_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_model_options_set_device(
     options: *mut wst_model_options,
@@ -205,11 +207,13 @@ pub unsafe extern "C" fn wst_model_options_set_threads(
     unsafe { change("wst_model_options_set_threads", options, error, |o| o.set_threads(threads)) }
 }
 
-/// The type in which the model computes: WST_F32 (default), WST_F16 or WST_BF16, where the device has it.
+/// The type of activations: on the CPU WST_F32; on a GPU WST_BF16 (default from compute capability 8.0 on), WST_F16
+/// (default before it) or WST_F32. Sums are always in F32. What the device lacks is WST_UNSUPPORTED when a model is
+/// opened.
 ///
 /// Owner: nothing changes hands.
 /// Threads: one at a time per options.
-/// Errors: WST_INVALID_ARGUMENT, WST_UNSUPPORTED, WST_BUSY.
+/// Errors: WST_INVALID_ARGUMENT, WST_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn wst_model_options_set_compute_dtype(
     options: *mut wst_model_options,
@@ -221,6 +225,25 @@ pub unsafe extern "C" fn wst_model_options_set_compute_dtype(
         change("wst_model_options_set_compute_dtype", options, error, |o| {
             o.set_compute_dtype(enum_in("dtype", dtype, DTYPES)?)
         })
+    }
+}
+
+/// A CUDA stream of the host's (a CUstream or cudaStream_t) in the primary context of the device: all work runs on it,
+/// behind what the host gave it before, one call at a time; another call gets WST_BUSY. NULL (default): streams of the
+/// library's own, one for each call that runs.
+///
+/// Owner: the stream stays the caller's and must outlive the model and everything made with it.
+/// Threads: one at a time per options.
+/// Errors: WST_INVALID_ARGUMENT, WST_BUSY. The stream is looked at when a model is opened.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn wst_model_options_set_cuda_stream(
+    options: *mut wst_model_options,
+    stream: *mut c_void,
+    error: *mut *mut wst_error,
+) -> wst_status {
+    // SAFETY: the pointers are NULL or as the header asks; so is the stream.
+    unsafe {
+        change("wst_model_options_set_cuda_stream", options, error, |o| o.set_cuda_stream(stream as usize))
     }
 }
 

@@ -64,6 +64,29 @@ impl Device {
         Ok(Device { inner: Arc::new(inner) })
     }
 
+    /// The device as training needs it: a GPU that keeps activations in F32, with streams and weights of its own. The
+    /// CPU is the same.
+    ///
+    /// # Errors
+    /// `OutOfMemory` if threads cannot be started.
+    pub fn for_training(&self) -> Result<Self> {
+        match self.accelerator() {
+            Some(on) if on.precision() != cuda::Precision::F32 => {
+                Self::cuda(Accelerator::new(on.gpu().clone(), cuda::Precision::F32), self.threads())
+            }
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// For a log: the GPU or the CPU, and its threads.
+    pub fn describe(&self) -> String {
+        let threads = self.threads();
+        match self.accelerator() {
+            None => format!("{threads} CPU threads"),
+            Some(on) => format!("{:?} in {:?}, with {threads} CPU threads", on.gpu(), on.precision()),
+        }
+    }
+
     /// How many threads take part in a loop.
     pub fn threads(&self) -> usize {
         self.inner.threads.threads()

@@ -38,6 +38,19 @@ impl Activation {
         gradient(inputs, gradients, self);
     }
 
+    /// The number of the function in kernels for GPUs, as `kernel.cuh` has it, and the slope of the leaky ReLU.
+    pub(crate) fn code(self) -> (i32, f32) {
+        match self {
+            Activation::None => (0, 0.0),
+            Activation::Relu => (1, 0.0),
+            Activation::LeakyRelu(slope) => (2, slope),
+            Activation::QuickGelu => (3, 0.0),
+            Activation::Sigmoid => (4, 0.0),
+            Activation::Silu => (5, 0.0),
+            Activation::Gelu => (6, 0.0),
+        }
+    }
+
     /// Whether the derivative at x is that at act(x), so that a result in the place of its input loses nothing.
     pub(crate) fn differentiates_from_result(self) -> bool {
         match self {

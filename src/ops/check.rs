@@ -69,6 +69,23 @@ pub fn on_device(
     }
 }
 
+/// Panics unless the gradients of `op` for every input are found on a GPU without reading anything back: `inputs` are
+/// there before.
+pub fn gradients_on_device(inputs: &[Tensor], op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>) {
+    let Some(cx) = cuda(Precision::F32) else { return };
+    let leaves = inputs.iter().enumerate().map(|(i, x)| moved(&cx, &autograd::leaf(x, i)));
+    let leaves: Vec<Tensor> = leaves.collect();
+    let stream = cx.cuda().unwrap().unwrap().clone();
+    let before = stream.downloads();
+    let tape = Tape::new();
+    let out = op(&tape.attach(&cx), &leaves).unwrap();
+    let gradient = moved(&cx, &random(out.dims(), 4711));
+    let mut found = autograd::Gradients::default();
+    tape.backward(&cx, &[(&out, gradient)], &mut found).unwrap();
+    assert_eq!(stream.downloads(), before, "the host read from the device");
+    assert!((0..inputs.len()).all(|i| found.get(i).is_some()), "a gradient is missing");
+}
+
 /// Normal numbers.
 pub fn random(dims: &[usize], seed: u64) -> Tensor {
     let mut values = vec![0f32; dims.iter().product()];
@@ -230,6 +247,22 @@ fn backward(
     let mut found = autograd::Gradients::default();
     tape.backward(cx, &[(&out, random(out.dims(), 4711))], &mut found).unwrap();
     found
+}
+
+/// Panics unless `op` and its backward pass give every input a gradient on a GPU, where they are before, and the host
+/// reads nothing back.
+pub fn backward_on_device(inputs: &[&Tensor], op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>) {
+    let Some(cx) = cuda(Precision::F32) else { return };
+    let there = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(&moved(&cx, x), i));
+    let there: Vec<Tensor> = there.collect();
+    let (stream, tape) = (cx.cuda().unwrap().unwrap().clone(), Tape::new());
+    let before = stream.downloads();
+    let out = op(&tape.attach(&cx), &there).unwrap();
+    let g = moved(&cx, &random(out.dims(), 4711));
+    let mut found = autograd::Gradients::default();
+    tape.backward(&cx, &[(&out, g)], &mut found).unwrap();
+    assert_eq!(stream.downloads(), before, "the host read from the device");
+    (0..inputs.len()).for_each(|i| assert!(found.get(i).is_some(), "no gradient reached input {i}"));
 }
 
 /// Panics unless 1, 2 and 5 threads find the same bits for the gradients of `op` for every input.

@@ -1,6 +1,9 @@
 //! From a prompt to a picture: text -> Stage C -> Stage B -> Stage A -> pixels (paper, Figure 2).
 
+#[cfg(test)]
+mod cuda_tests;
 mod defaults;
+pub(crate) mod devices;
 mod generate;
 mod generate_options;
 mod geometry;

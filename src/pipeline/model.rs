@@ -18,6 +18,10 @@ use crate::image::Image;
 use crate::stages::stage_b::StageB;
 use crate::weights::Weights;
 
+/// The share of a GPU's free memory that weights may take before only the running stage keeps its own: the rest is
+/// for activations.
+const WEIGHTS_SHARE: f64 = 0.6;
+
 /// What the lists of layers and messages about them take in memory beside the weights, at worst.
 const NETWORKS_BYTES: usize = 16 << 20;
 
@@ -34,6 +38,8 @@ pub(super) struct Inner {
     pub halves: Halves,
     pub geometry: Geometry,
     residency: Residency,
+    /// Whether the weights of all stages together take more of a GPU than is good.
+    fills_gpu: bool,
     log: Option<(LogLevel, super::LogFn)>,
 }
 
@@ -89,19 +95,29 @@ impl Model {
     fn open_here(path: &Path, options: &ModelOptions) -> Result<Self> {
         let started = Instant::now();
         let halves = Halves::open(path, options)?;
+        let (device, without_gpu) = options.device_options().open()?;
         let inner = Inner {
             root: path.to_owned(),
             geometry: Geometry::new(&halves),
             halves,
-            device: Device::cpu(options.threads)?,
+            device,
             residency: options.residency,
+            fills_gpu: false,
             log: options.log.clone(),
         };
+        let inner = Inner { fills_gpu: inner.fills_gpu()?, ..inner };
         let model = Model { inner: Arc::new(inner) };
         model.log(LogLevel::Info, || {
-            let threads = model.inner.device.threads();
-            format!("opened {} in {:.1?} on {threads} CPU threads", path.display(), started.elapsed())
+            format!(
+                "opened {} in {:.1?} on {}",
+                path.display(),
+                started.elapsed(),
+                model.inner.device.describe()
+            )
         });
+        if let Some(reason) = without_gpu {
+            model.log(LogLevel::Warning, || format!("the GPU is not used: {reason}"));
+        }
         Ok(model)
     }
 
@@ -127,7 +143,7 @@ impl Model {
             latent_width: narrow(latent_width),
             bytes_mapped: inner.weights().map(|w| w.bytes_mapped() as u64).sum(),
             bytes_host: inner.device.pool().idle_bytes() as u64,
-            bytes_device: 0,
+            bytes_device: inner.device.accelerator().map_or(0, |a| a.bytes()) as u64,
         }
     }
 
@@ -282,9 +298,20 @@ impl Model {
 
     /// Gives the pages of a stage back to the system if only the running stage should stay.
     pub(super) fn leave_stage(&self, weights: &Weights) {
-        if self.inner.residency == Residency::Stage {
-            weights.advise_dont_need();
+        let (device, residency) = (&self.inner.device, self.inner.residency);
+        let evicts = match (device.accelerator(), residency) {
+            (_, Residency::All) => false,
+            (None, residency) => residency == Residency::Stage,
+            (Some(_), Residency::Stage) => true,
+            (Some(_), Residency::Auto) => self.inner.fills_gpu,
+        };
+        if !evicts {
+            return;
         }
+        if let Some(accelerator) = device.accelerator() {
+            weights.address_ranges().for_each(|range| accelerator.residents().evict(range));
+        }
+        weights.advise_dont_need();
     }
 
     pub(super) fn log(&self, level: LogLevel, message: impl FnOnce() -> String) {
@@ -304,6 +331,14 @@ impl Inner {
         let decoder = self.halves.decoder.as_ref().map(|decoder| &decoder.text);
         let shared = prior.zip(decoder).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
         prior.into_iter().chain(decoder.filter(|_| !shared)).map(|text| &**text)
+    }
+
+    /// Whether the weights take more than [`WEIGHTS_SHARE`] of what is free on the GPU.
+    fn fills_gpu(&self) -> Result<bool> {
+        let Some(accelerator) = self.device.accelerator() else { return Ok(false) };
+        let parameters: u64 = self.weights().map(Weights::parameters).sum();
+        let bytes = parameters as f64 * accelerator.precision().size() as f64;
+        Ok(bytes > WEIGHTS_SHARE * accelerator.gpu().free_bytes()? as f64)
     }
 
     fn weights(&self) -> impl Iterator<Item = &Weights> {

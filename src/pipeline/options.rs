@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::devices::{DeviceChoice, DeviceOptions};
 pub use crate::diffusion::latents::Sampler;
 pub use crate::diffusion::tokens::Choice;
 use crate::error::{Error, Result};
@@ -68,7 +69,11 @@ pub struct Progress {
 /// How a model is opened.
 #[derive(Clone)]
 pub struct ModelOptions {
-    pub(super) threads: usize,
+    device: DeviceChoice,
+    threads: usize,
+    compute_dtype: Option<DType>,
+    /// A CUDA stream's address; 0 for none.
+    cuda_stream: usize,
     pub(super) residency: Residency,
     pub(super) log: Option<(LogLevel, LogFn)>,
     pub(super) prior_path: Option<PathBuf>,
@@ -82,7 +87,10 @@ pub struct ModelOptions {
 impl Default for ModelOptions {
     fn default() -> Self {
         ModelOptions {
+            device: DeviceChoice::Auto,
             threads: 0,
+            compute_dtype: None,
+            cuda_stream: 0,
             residency: Residency::Auto,
             log: None,
             prior_path: None,
@@ -97,19 +105,37 @@ impl Default for ModelOptions {
 const MAX_THREADS: u32 = 1024;
 
 impl ModelOptions {
-    /// `auto` (the best there is) or `cpu`.
+    /// `auto` (the first GPU if it can be used, else the CPU), `cpu`, `cuda` (the first GPU) or `cuda:1` and so on.
     ///
     /// # Errors
-    /// `Unsupported` for a device that this build cannot use; `InvalidArgument` for a name that is none.
+    /// `InvalidArgument` for a name that is none. Whether the machine has it is found out when a model is opened.
     pub fn set_device(&mut self, device: &str) -> Result<()> {
-        match device.split(':').next() {
-            Some("auto" | "cpu") if !device.contains(':') => Ok(()),
-            Some("cuda") => {
-                let reason = "this build has no CUDA backend; use \"cpu\" or \"auto\"";
-                Err(Error::unsupported(format!("device {device:?}"), reason))
-            }
-            _ => Err(Error::argument("device", "\"auto\", \"cpu\" or \"cuda\"", format!("{device:?}"))),
+        self.device = DeviceChoice::parse(device)?;
+        Ok(())
+    }
+
+    /// All that a device is opened with.
+    pub(super) fn device_options(&self) -> DeviceOptions {
+        DeviceOptions {
+            choice: self.device,
+            threads: self.threads,
+            dtype: self.compute_dtype,
+            stream: self.cuda_stream,
         }
+    }
+
+    /// A CUDA stream of the host's, a `CUstream` or `cudaStream_t` as a number, in the device's primary context: all
+    /// work runs on it, in the order in which the host gives it work, one call at a time (another gets `Busy`). 0, the
+    /// default: streams of the library's own, one for each call that runs.
+    ///
+    /// # Safety
+    /// The stream outlives the model and everything made with it.
+    ///
+    /// # Errors
+    /// None here: the stream is looked at when a model is opened.
+    pub unsafe fn set_cuda_stream(&mut self, stream: usize) -> Result<()> {
+        self.cuda_stream = stream;
+        Ok(())
     }
 
     /// Threads of the CPU device; 0 takes one per core.
@@ -124,19 +150,18 @@ impl ModelOptions {
         Ok(())
     }
 
-    /// The type in which activations are computed: `F32` on the CPU, whatever the weights are stored in.
+    /// The type in which activations are computed, whatever the weights are stored in: `F32` on the CPU; on a GPU
+    /// `BF16` (the default from compute capability 8.0 on), `F16` (before it) or `F32`. Sums are always in F32.
     ///
     /// # Errors
-    /// `Unsupported` for the half-precision types; `InvalidArgument` for types that are no floats.
+    /// `InvalidArgument` for types that are no floats. A half-precision type on the CPU is `Unsupported` when a model
+    /// is opened.
     pub fn set_compute_dtype(&mut self, dtype: DType) -> Result<()> {
-        match dtype {
-            DType::F32 => Ok(()),
-            DType::F16 | DType::BF16 => {
-                let reason = "the CPU computes in F32 (weights stay in their stored type)";
-                Err(Error::unsupported(format!("compute_dtype {dtype}"), reason))
-            }
-            other => Err(Error::argument("compute_dtype", "a float type", other)),
+        if !dtype.is_float() {
+            return Err(Error::argument("compute_dtype", "a float type", dtype));
         }
+        self.compute_dtype = Some(dtype);
+        Ok(())
     }
 
     /// Which weights are kept ready.
@@ -204,8 +229,8 @@ impl ModelOptions {
         Ok(())
     }
 
-    /// Any of the above by name, for configuration files: `device`, `threads`, `compute_dtype` (`f32`),
-    /// `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`; `lora`, each time another adapter, and
+    /// Any of the above by name, for configuration files: `device`, `threads`, `compute_dtype` (`f32`, `f16`,
+    /// `bf16`), `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`; `lora`, each time another adapter, and
     /// `lora_scale`, of the adapter that was named last (1 unless it is given).
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 pub mod autograd;
 mod cuda;
 mod dtype;
+pub mod replay;
 pub mod rng;
 mod shape;
 mod storage;
@@ -111,7 +112,18 @@ impl Tensor {
         Ok(joined)
     }
 
-    /// A copy in memory of its own, so that the original's can go back to its pool.
+    /// A copy on the context's device, to be kept: on the CPU in memory outside any pool.
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub fn copied(&self, cx: &Context) -> Result<Self> {
+        match cx.cuda()? {
+            Some(_) => Self::from_parts(cx, "a kept tensor", self.dims(), &[self]),
+            None => self.detached(),
+        }
+    }
+
+    /// A copy in host memory of its own, so that the original's can go back to its pool.
     ///
     /// # Errors
     /// `OutOfMemory`.

@@ -85,7 +85,7 @@ impl Parameters {
             let master = match role {
                 Role::Frozen => tensor,
                 // Widening an `F32` tensor gives the mapped one: the copy is what may be written.
-                Role::Trained | Role::Statistic => widen(cx, &tensor)?.detached()?,
+                Role::Trained | Role::Statistic => widen(cx, &tensor)?.copied(cx)?,
             };
             self.push(format!("{prefix}.{name}"), role, master);
         }
@@ -110,7 +110,7 @@ impl Parameters {
                 return Err(Error::internal("an adapter", format!("{layer} has no matrix")));
             };
             let zeros =
-                |rows, columns| Tensor::zeros(cx, "an adapter", &[rows, columns], DType::F32)?.detached();
+                |rows, columns| Tensor::zeros(cx, "an adapter", &[rows, columns], DType::F32)?.copied(cx);
             let mut down = zeros(adapter.rank, inputs)?;
             init(i, inputs, down.slice_mut()?);
             self.push(format!("{layer}.{DOWN}"), Role::Trained, down);
@@ -167,6 +167,11 @@ impl Parameters {
     /// `Internal` if one is not.
     pub fn values_mut(&mut self, place: usize) -> Result<&mut [f32]> {
         self.list[place].master.slice_mut()
+    }
+
+    /// A parameter, to change. Networks loaded from here must be gone.
+    pub fn master_mut(&mut self, place: usize) -> &mut Tensor {
+        &mut self.list[place].master
     }
 
     /// Running statistics take over what BatchNorms saw, with the unbiased variance, as PyTorch does. Networks loaded

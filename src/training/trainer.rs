@@ -28,6 +28,8 @@ pub(super) const LISTS_BYTES: usize = 32 << 20;
 /// A stage of a model, in training. The model itself is not changed: [`Trainer::export`] writes another.
 pub struct Trainer {
     pub(super) model: Model,
+    /// On the model's device. One for all steps: tensors of a GPU belong to its stream.
+    cx: Context,
     pub(super) options: TrainOptions,
     pub(super) task: Box<dyn Task>,
     pub(super) parameters: Parameters,
@@ -81,7 +83,7 @@ impl Trainer {
 
     fn new_here(base: &Model, options: &TrainOptions) -> Result<Self> {
         options.check()?;
-        let cx = Context::new(base.device());
+        let cx = Context::new(&base.device().for_training()?);
         let mut parameters = Parameters::default();
         let task: Box<dyn Task> = match options.goal {
             Goal::StageA => Box::new(StageATask::new(&cx, base, options, &mut parameters)?),
@@ -89,9 +91,10 @@ impl Trainer {
             Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
             Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
         };
-        let average = Average::new(&parameters)?;
+        let average = Average::new(&cx, &parameters)?;
         let mut trainer = Trainer {
             model: base.clone(),
+            cx,
             options: options.clone(),
             task,
             parameters,
@@ -325,7 +328,7 @@ impl Trainer {
 
     /// Changes the weights, which a cancel must not leave half done.
     fn update(&mut self, gradients: &Gradients, norm: f64, seen: &[RunningUpdate]) -> Result<()> {
-        let cx = Context::new(self.model.device());
+        let cx = self.cx.clone();
         let settings = self.options.optimizer;
         self.task.unload();
         let scale = clip_factor(norm, settings.clip);
@@ -334,7 +337,7 @@ impl Trainer {
                 .and_then(|()| self.parameters.follow(seen))
                 .and_then(|()| self.task.after_step(&cx, &mut self.parameters))
                 .and_then(|()| {
-                    self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
+                    self.average.follow(&cx, &self.parameters, &self.options.ema, self.progress.step + 1)
                 });
         // The weights have changed: networks that cannot be loaded for want of memory are loaded by the next step.
         let _ = self.reload();
@@ -352,7 +355,7 @@ impl Trainer {
     }
 
     pub(super) fn context(&self) -> Context {
-        let cx = Context::new(self.model.device()).cancelled_by(&self.cancel);
+        let cx = self.cx.clone().cancelled_by(&self.cancel);
         match &self.options.cancel {
             Some(token) => cx.cancelled_by(token),
             None => cx,

@@ -145,6 +145,11 @@ impl Weights {
         WeightFile::open(&folder.join(shard))
     }
 
+    /// Where the files are mapped.
+    pub fn address_ranges(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
+        self.files.iter().map(WeightFile::address_range)
+    }
+
     /// The file or index that was opened.
     pub fn path(&self) -> &Path {
         &self.path

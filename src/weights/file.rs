@@ -80,6 +80,12 @@ impl WeightFile {
         self.data_start * HEADER_BLOW_UP
     }
 
+    /// Where the file is mapped.
+    pub fn address_range(&self) -> std::ops::Range<usize> {
+        let start = self.map.as_ptr() as usize;
+        start..start + self.map.len()
+    }
+
     /// The names of all tensors, in the order of the file.
     pub fn names(&self) -> Vec<String> {
         self.metadata.offset_keys()

@@ -1,15 +1,20 @@
 //! Model folders that a test may change: links to a real one, and files of the test's own in their place.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "devices.rs"]
+pub mod devices;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+#[allow(unused_imports)]
+pub use devices::options;
 use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use wuerstchen::{GenerateOptions, Image, Model, ModelOptions, Progress, Result};
+use wuerstchen::{GenerateOptions, Image, Model, Progress, Result};
 
 /// The folders below a model's own, each with its weights.
 pub const PARTS: [&str; 5] = ["text_encoder", "stage_c", "stage_b", "stage_a", "image_encoder"];
@@ -48,7 +53,7 @@ pub fn open(path: &Path) -> Result<Model> {
 }
 
 pub fn open_on(path: &Path, threads: u32) -> Result<Model> {
-    let mut options = ModelOptions::default();
+    let mut options = options();
     options.set_threads(threads)?;
     Model::open(path, &options)
 }

@@ -1,23 +1,22 @@
 //! Reference data of the parity tests: computed by the authors' own code, see `tests/fixtures/NOTES.md`.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod devices;
 pub mod ranks;
 pub mod training;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use wuerstchen::{Context, Device, Result, Tensor};
+#[allow(unused_imports)]
+pub use devices::{context, options};
+use wuerstchen::{Result, Tensor};
 
 /// Largest ‖out − ref‖ / ‖ref‖ of a network's output in f32.
 pub const NETWORK_TOLERANCE: f64 = 2e-5;
 
 pub fn fixtures() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
-}
-
-pub fn context() -> Context {
-    Context::new(&Device::cpu(2).unwrap())
 }
 
 enum Values {

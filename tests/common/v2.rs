@@ -2,7 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 use wuerstchen::diffusion::noise::{Draw, NoiseSource};
-use wuerstchen::{GenerateOptions, Image, Model, ModelOptions, Result, Stage, Tensor};
+use wuerstchen::{GenerateOptions, Image, Model, Result, Stage, Tensor};
 
 use super::folder::{Folder, open, picture, reports, short, v2};
 
@@ -28,7 +28,7 @@ pub fn some_latents(n: usize) -> Tensor {
 }
 
 pub fn joined(path: &Folder, key: &str, other: &std::path::Path) -> Model {
-    let mut options = ModelOptions::default();
+    let mut options = super::folder::options();
     options.set(key, other.to_str().unwrap()).unwrap();
     Model::open(path.path(), &options).unwrap()
 }

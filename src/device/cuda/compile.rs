@@ -2,7 +2,7 @@
 //! What NVRTC made is kept on the disk.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CString, c_char};
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute};
@@ -14,12 +14,14 @@ use super::gpu::{Capability, Gpu, lock};
 use super::{Parameter, Precision};
 use crate::error::{Error, Result};
 
-/// What every source includes.
-const HEADER: &str = include_str!("kernel.cuh");
-const HEADER_NAME: &CStr = c"kernel.cuh";
+/// A file that sources include: its name and its text.
+pub type Header = (&'static str, &'static str);
 
-/// Beside the architecture.
-const OPTIONS: [&str; 2] = ["--std=c++17", "--extra-device-vectorization"];
+/// What every source includes.
+const HEADER: Header = ("kernel.cuh", include_str!("kernel.cuh"));
+
+/// How kernels are compiled: its lines that are options.
+const OPTIONS: &str = include_str!("options.txt");
 
 /// Dynamic shared memory that needs no permission.
 const SHARED_DEFAULT: u32 = 48 << 10;
@@ -29,12 +31,13 @@ const SHARED_DEFAULT: u32 = 48 << 10;
 pub struct Kernels {
     name: &'static str,
     source: &'static str,
+    headers: &'static [Header],
 }
 
 impl Kernels {
-    /// Of the file `name.cu`.
-    pub const fn new(name: &'static str, source: &'static str) -> Self {
-        Kernels { name, source }
+    /// Of the file `name.cu`, which includes `headers` beside kernel.cuh.
+    pub const fn new(name: &'static str, source: &'static str, headers: &'static [Header]) -> Self {
+        Kernels { name, source, headers }
     }
 
     /// The file's name without its ending.
@@ -44,9 +47,11 @@ impl Kernels {
 }
 
 /// A kernel on a device.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Function {
     raw: sys::CUfunction,
+    /// The sizes of its parameters, where the driver can tell.
+    parameters: Option<Arc<[usize]>>,
 }
 
 // SAFETY: a handle that any thread may launch.
@@ -55,33 +60,33 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    fn new(raw: sys::CUfunction) -> Self {
+        if !driver::has(c"cuFuncGetParamInfo") {
+            return Function { raw, parameters: None };
+        }
+        let size_of = |i: usize| {
+            let (mut offset, mut size) = (0, 0);
+            // SAFETY: the function is loaded; both numbers outlive the call. Beyond the last it fails.
+            let result = unsafe { sys::cuFuncGetParamInfo(raw, i, &mut offset, &mut size) };
+            (result == sys::CUresult::CUDA_SUCCESS).then_some(size)
+        };
+        Function { raw, parameters: Some((0..).map_while(size_of).collect()) }
+    }
+
     pub(super) fn raw(&self) -> sys::CUfunction {
         self.raw
     }
 
     /// # Errors
-    /// `Internal` if the kernel takes other parameters. Looked at in debug builds, where the driver can tell.
-    pub(super) fn check_parameters(&self, gpu: &Gpu, parameters: &[&dyn Parameter]) -> Result<()> {
-        if !cfg!(debug_assertions) || !driver::has(c"cuFuncGetParamInfo") {
+    /// `Internal` if the kernel takes other parameters, as far as sizes tell.
+    pub(super) fn check_parameters(&self, name: &str, given: &[&dyn Parameter]) -> Result<()> {
+        let Some(declared) = &self.parameters else { return Ok(()) };
+        let sizes = given.iter().map(|parameter| size_of_val(*parameter));
+        if sizes.clone().eq(declared.iter().copied()) {
             return Ok(());
         }
-        let size_of = |i: usize| {
-            let (mut offset, mut size) = (0, 0);
-            // SAFETY: the function is loaded; both numbers outlive the call. Beyond the last it fails.
-            let result = unsafe { sys::cuFuncGetParamInfo(self.raw, i, &mut offset, &mut size) };
-            (result == sys::CUresult::CUDA_SUCCESS).then_some(size)
-        };
-        for (i, parameter) in parameters.iter().enumerate() {
-            let given = size_of_val(*parameter);
-            if size_of(i) != Some(given) {
-                let found = format!("parameter {i} has {given} bytes, the kernel's {:?}", size_of(i));
-                return Err(Error::internal(format!("a kernel on {}", gpu.label()), found));
-            }
-        }
-        match size_of(parameters.len()) {
-            None => Ok(()),
-            Some(_) => Err(Error::internal("a kernel", format!("more than {} parameters", parameters.len()))),
-        }
+        let found = format!("parameters of {:?} bytes for {declared:?}", sizes.collect::<Vec<_>>());
+        Err(Error::internal(format!("the kernel {name}"), found))
     }
 
     /// Permits a block this much dynamic shared memory.
@@ -142,7 +147,7 @@ impl Module {
     pub fn function(&self, gpu: &Gpu, name: &'static str, precision: Option<Precision>) -> Result<Function> {
         let mut functions = lock(&self.functions);
         if let Some(function) = functions.get(&(name, precision)) {
-            return Ok(*function);
+            return Ok(function.clone());
         }
         let whole = match precision {
             Some(precision) => format!("{name}_{}", precision.suffix()),
@@ -153,8 +158,9 @@ impl Module {
         // SAFETY: the module is loaded; `raw` and the name outlive the call.
         let result = unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr()) };
         gpu.check(&format!("cuModuleGetFunction {whole}"), result)?;
-        functions.insert((name, precision), Function { raw });
-        Ok(Function { raw })
+        let function = Function::new(raw);
+        functions.insert((name, precision), function.clone());
+        Ok(function)
     }
 }
 
@@ -175,6 +181,12 @@ struct Program {
     kernels: &'static Kernels,
     /// `sm_90`, or `compute_90` if the compiler does not know the device.
     architecture: String,
+}
+
+impl Program {
+    fn headers(&self) -> impl Iterator<Item = &'static Header> {
+        std::iter::once(&HEADER).chain(self.kernels.headers)
+    }
 }
 
 impl Compiler {
@@ -217,28 +229,35 @@ impl Compiler {
     fn key(&self, program: &Program) -> Vec<u8> {
         let (major, minor) = self.version;
         let about = format!("{major}.{minor} {} {OPTIONS:?} {}", program.architecture, program.kernels.name);
-        [about.as_bytes(), HEADER.as_bytes(), program.kernels.source.as_bytes()].join(&0)
+        let mut parts = vec![about.as_bytes(), program.kernels.source.as_bytes()];
+        parts.extend(program.headers().map(|(_, text)| text.as_bytes()));
+        parts.join(&0)
     }
 
     fn compile(&self, program: &Program) -> Result<Vec<u8>> {
         let text =
             |text: &str| CString::new(text).map_err(|_| Error::internal("a kernel's source", "a NUL byte"));
-        let (source, header) = (text(program.kernels.source)?, text(HEADER)?);
+        let source = text(program.kernels.source)?;
+        let headers = program
+            .headers()
+            .map(|(name, body)| Ok((text(name)?, text(body)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let (names, bodies): (Vec<_>, Vec<_>) =
+            headers.iter().map(|(name, body)| (name.as_ptr(), body.as_ptr())).unzip();
         let name = text(&format!("{}.cu", program.kernels.name))?;
         let architecture = format!("--gpu-architecture={}", program.architecture);
-        let options =
-            OPTIONS.iter().copied().chain([architecture.as_str()]).map(text).collect::<Result<Vec<_>>>()?;
+        let options = OPTIONS.lines().filter(|line| line.starts_with("--")).chain([architecture.as_str()]);
+        let options = options.map(text).collect::<Result<Vec<_>>>()?;
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let mut raw = std::ptr::null_mut();
         // SAFETY: all texts outlive the calls.
         let created = unsafe {
-            let (headers, names) = ([header.as_ptr()], [HEADER_NAME.as_ptr()]);
             nvrtc::nvrtcCreateProgram(
                 &mut raw,
                 source.as_ptr(),
                 name.as_ptr(),
-                1,
-                headers.as_ptr(),
+                headers.len() as i32,
+                bodies.as_ptr(),
                 names.as_ptr(),
             )
         };

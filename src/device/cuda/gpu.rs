@@ -216,6 +216,13 @@ impl Gpu {
         Ok(module)
     }
 
+    /// # Errors
+    /// `Unsupported`, naming the libraries that were tried, if kernels are neither in this build nor can be compiled.
+    pub fn check_compiler(&self) -> Result<()> {
+        let _bound = self.bind()?;
+        self.module(super::resident::kernels()).map(drop)
+    }
+
     /// Notes an arena, so that what it holds for reuse is freed when memory runs out.
     pub(super) fn register(&self, arena: &Arc<Arena>) {
         let mut arenas = lock(&self.arenas);

@@ -1,4 +1,4 @@
 //! Kernels that were compiled with the library, by the names of their files: none where there was no compiler.
+//! `build.rs` in this folder makes them.
 
-/// Images for the common architectures, each with its file's name.
-pub static IMAGES: &[(&str, &[u8])] = &[];
+include!(concat!(env!("OUT_DIR"), "/cuda_images.rs"));

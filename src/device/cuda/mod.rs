@@ -9,6 +9,7 @@
 mod accelerator;
 mod cache;
 mod compile;
+mod copy;
 mod driver;
 pub(crate) mod gemm;
 mod gpu;
@@ -20,6 +21,7 @@ mod stream;
 
 pub use accelerator::Accelerator;
 pub use compile::Kernels;
+pub use copy::Copy;
 pub use gemm::{Batch, Matrix, Product, Tail};
 pub use gpu::{Capability, Gpu, GpuInfo, describe, gpus};
 pub use graph::{Graph, StepMemory};
@@ -58,11 +60,15 @@ impl Precision {
     }
 }
 
-/// Defines the kernels of one source file, which stands beside the op: `kernels!(KERNELS, "layer_norm")`.
+/// Defines the kernels of one source file, which stands beside the op: `kernels!(KERNELS, "layer_norm")`. The names of
+/// headers that stand there too follow.
 macro_rules! kernels {
-    ($name:ident, $file:literal) => {
-        static $name: $crate::device::cuda::Kernels =
-            $crate::device::cuda::Kernels::new($file, include_str!(concat!($file, ".cu")));
+    ($name:ident, $file:literal $(, $header:literal)*) => {
+        static $name: $crate::device::cuda::Kernels = $crate::device::cuda::Kernels::new(
+            $file,
+            include_str!(concat!($file, ".cu")),
+            &[$(($header, include_str!($header))),*],
+        );
     };
 }
 pub(crate) use kernels;

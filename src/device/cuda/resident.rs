@@ -14,6 +14,11 @@ use crate::error::{Error, Result};
 
 kernels!(KERNELS, "convert");
 
+/// The kernels that every use of a GPU needs.
+pub(super) fn kernels() -> &'static super::Kernels {
+    &KERNELS
+}
+
 /// Bytes of a weight that are uploaded at a time where it has to be converted.
 const TRANSIT_BYTES: usize = 32 << 20;
 

@@ -184,7 +184,7 @@ impl Stream {
         let gpu = self.gpu();
         let _bound = gpu.bind()?;
         let function = gpu.module(kernels)?.function(gpu, name, precision)?;
-        function.check_parameters(gpu, parameters)?;
+        function.check_parameters(name, parameters)?;
         if launch.shared_bytes > 0 {
             function.allow_shared(gpu, launch.shared_bytes)?;
         }
@@ -330,6 +330,19 @@ impl Stream {
             used.push(taken.clone());
         }
         taken
+    }
+
+    /// As [`Stream::using`], for memory of a stream. What a recorded step took itself is the recording's already, and
+    /// goes back when it is dropped, to be used again within the step.
+    #[must_use]
+    pub fn using_part(&self, memory: &Memory, taken: Taken) -> Taken {
+        if memory.is_of(&lock(&self.arena)) { taken } else { self.using(taken) }
+    }
+
+    /// All of some memory, to be used once.
+    #[must_use]
+    pub fn using_memory(&self, memory: Arc<Memory>) -> Taken {
+        self.using_part(&memory, Taken::new(memory.address(), 0, memory.clone()))
     }
 
     /// Whether launches are recorded and not run.

@@ -1,6 +1,7 @@
 //! Depthwise convolution, and the grouped one that joins a skip: each output channel sees its own few inputs.
 
 mod cpu;
+mod cuda;
 mod gradient;
 #[cfg(test)]
 mod tests;
@@ -75,7 +76,8 @@ pub struct DepthwiseConv<'a> {
 ///
 /// # Shapes
 /// `x` `[N, H, W, X]`, `skip` `[N, H, W, S]`, with X + S = C * G; the result
-/// `[N, (H + 2(k/2) - k)/s + 1, (W + 2(k/2) - k)/s + 1, C]`. For k odd and s = 1 that is `[N, H, W, C]`.
+/// `[N, (H + 2(k/2) - k)/s + 1, (W + 2(k/2) - k)/s + 1, C]`. For k odd and s = 1 that is `[N, H, W, C]`. `F32`, on a
+/// GPU of any float type, and the result of that of activations.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together, the kernel is not square, odd and at most
@@ -88,17 +90,34 @@ pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &Depth
         return p.then.apply(cx, y);
     }
     let shape = shape(x, skip, p)?;
+    p.then.check(&[x.dims()[0], shape.out_height, shape.out_width, shape.channels])?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::convolve(cx, stream, (x, skip), p, shape)?,
+        None => convolve_on_host(cx, (x, skip), p, shape)?,
+    };
+    record(cx, out, &[Some(x), skip, Some(p.weight), p.bias], || {
+        let backward = gradient::Backward::new(x, skip, p, shape);
+        move |cx, flow| backward.run(cx, flow)
+    })
+}
+
+fn convolve_on_host(
+    cx: &Context,
+    (x, skip): (&Tensor, Option<&Tensor>),
+    p: &DepthwiseConv,
+    shape: Sizes,
+) -> Result<Tensor> {
     let joined = match (skip, shape.groups) {
         (None, 1) => x.clone(),
         _ => join(cx, x, skip, shape.groups)?,
     };
     let weight = reorder(cx, p.weight)?;
     let bias = match p.bias {
-        Some(bias) => kernels::channel_vector(cx, "depthwise bias", bias, shape.channels)?,
+        Some(bias) => kernels::widened(cx, "depthwise bias", bias)?,
         None => Tensor::zeros(cx, "depthwise bias", &[shape.channels], DType::F32)?,
     };
     let dims = [x.dims()[0], shape.out_height, shape.out_width, shape.channels];
-    let then = HeldThen::new(cx, &p.then, &dims)?;
+    let then = HeldThen::new(cx, &p.then)?;
     let job = cpu::Job {
         shape,
         padding: p.padding,
@@ -113,10 +132,7 @@ pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &Depth
     kernels::parallel_chunks(cx, out.slice_mut()?, rows * row, |i, part| {
         cpu::rows(&job, i * rows, part);
     })?;
-    record(cx, out, &[Some(x), skip, Some(p.weight), p.bias], || {
-        let backward = gradient::Backward::new(x, skip, p, shape);
-        move |cx, flow| backward.run(cx, flow)
-    })
+    Ok(out)
 }
 
 impl Then<'_> {
@@ -125,6 +141,27 @@ impl Then<'_> {
             Then::None | Then::LayerNorm { .. } => [None, None],
             Then::ScaledResidual { gain, residual } => [Some(gain), Some(residual)],
             Then::ChannelAffine { scale, shift, .. } => [Some(scale), Some(shift)],
+        }
+    }
+
+    /// `dims` are those of the result.
+    fn check(&self, dims: &[usize; 4]) -> Result<()> {
+        let expect = |what, tensor: &Tensor, count: usize| match tensor.elements() == count {
+            true => Ok(()),
+            false => Err(Error::argument(what, format!("{count} elements"), tensor.shape())),
+        };
+        match *self {
+            Then::None | Then::LayerNorm { .. } => Ok(()),
+            Then::ScaledResidual { gain, residual } => {
+                if residual.dims() != dims {
+                    return Err(Error::argument("depthwise residual", format!("{dims:?}"), residual.shape()));
+                }
+                expect("depthwise gain", gain, 1)
+            }
+            Then::ChannelAffine { scale, shift, .. } => {
+                expect("depthwise scale", scale, dims[3])?;
+                expect("depthwise shift", shift, dims[3])
+            }
         }
     }
 
@@ -180,6 +217,9 @@ fn shape(x: &Tensor, skip: Option<&Tensor>, p: &DepthwiseConv) -> Result<Sizes> 
     }
     if p.stride == 0 || height == 0 || width == 0 {
         return Err(Error::argument("depthwise convolution", "a stride and a size of at least 1", x.shape()));
+    }
+    if let Some(bias) = p.bias.filter(|bias| bias.elements() != channels) {
+        return Err(Error::argument("depthwise bias", format!("{channels} elements"), bias.shape()));
     }
     let out = |size: usize| (size - 1) / p.stride + 1;
     let (out_height, out_width) = (out(height), out(width));
@@ -239,19 +279,16 @@ enum HeldThen {
 }
 
 impl HeldThen {
-    fn new(cx: &Context, then: &Then, dims: &[usize; 4]) -> Result<Self> {
+    fn new(cx: &Context, then: &Then) -> Result<Self> {
         Ok(match *then {
             Then::None => HeldThen::None,
             Then::LayerNorm { eps } => HeldThen::LayerNorm(eps),
             Then::ScaledResidual { gain, residual } => {
-                if residual.dims() != dims {
-                    return Err(Error::argument("depthwise residual", format!("{dims:?}"), residual.shape()));
-                }
                 HeldThen::Residual(kernels::scalar("depthwise gain", gain)?, residual.clone())
             }
             Then::ChannelAffine { scale, shift, activation } => HeldThen::Affine(
-                kernels::channel_vector(cx, "depthwise scale", scale, dims[3])?,
-                kernels::channel_vector(cx, "depthwise shift", shift, dims[3])?,
+                kernels::widened(cx, "depthwise scale", scale)?,
+                kernels::widened(cx, "depthwise shift", shift)?,
                 activation,
             ),
         })

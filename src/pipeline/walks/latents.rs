@@ -2,7 +2,7 @@
 
 use super::guided::{Guided, Texts};
 use super::stage_c::implied_clean_sample;
-use super::{is_guided, with_zero_twin};
+use super::{is_guided, modulated, with_zero_twin};
 use crate::device::Context;
 use crate::diffusion::latents::{LatentSampling, LatentStep, Sampler};
 use crate::diffusion::noise::{Draw, NoiseSource};
@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::pipeline::load::Part;
 use crate::stages::blocks::{Attended, Conditioning, Modulations};
 use crate::stages::diffnext::{DiffNeXt, Injected};
+use crate::tensor::replay::Replay;
 use crate::tensor::{DType, Tensor};
 
 /// The generation whose Stage B works on latents.
@@ -27,7 +28,7 @@ pub(super) struct LatentWalk<'a> {
 }
 
 /// What the blocks take beside x: the text, and the latents of Stage C.
-type Condition = ([Attended; 1], Injected);
+type Condition = ([Attended; 1], Injected, Replay);
 
 impl<'a> LatentWalk<'a> {
     /// A walk through some times over a grid of Stage A's latents.
@@ -76,8 +77,10 @@ impl<'a> LatentWalk<'a> {
         noise.normal(Draw::DecoderStart, 0, &mut x)?;
         let predict = |x: &Tensor, step: usize| {
             let modulations = self.modulations.at(step)?;
-            guided.run_guided(self.cx, x, self.guidance, |x, (attended, injected)| {
-                network.forward(self.cx, x, Conditioning { modulations: &modulations, attended }, injected)
+            guided.run_guided(self.cx, x, self.guidance, |x, (attended, injected, replay)| {
+                modulated(self.cx, replay, x, &modulations, |cx, x, modulations| {
+                    network.forward(cx, x, Conditioning { modulations, attended }, injected)
+                })
             })
         };
         self.sampling.run(self.cx, x, noise, predict, after_step)
@@ -91,7 +94,7 @@ impl<'a> LatentWalk<'a> {
         let injected = network.inject(self.cx, &entries, self.grid)?;
         texts.guided(self.cx, |texts, index, who| {
             let text = network.attend_to_text(self.cx, texts)?.with_index(index);
-            Ok(([text], injected.select(self.cx, &who.entries(samples))?))
+            Ok(([text], injected.select(self.cx, &who.entries(samples))?, Replay::new()))
         })
     }
 

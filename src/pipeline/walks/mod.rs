@@ -15,8 +15,25 @@ use super::halves::Prior;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::batch::concat;
+use crate::stages::blocks::Modulations;
+use crate::tensor::replay::Replay;
 use crate::tensor::{DType, Tensor};
 use crate::weights::Weights;
+
+/// A step of a network: `forward` of x and of what its TimestepBlocks do at one time. On a GPU it is recorded.
+fn modulated(
+    cx: &Context,
+    replay: &Replay,
+    x: &Tensor,
+    modulations: &Modulations,
+    forward: impl Fn(&Context, &Tensor, &Modulations) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(modulations.per_block()).collect();
+    replay.run(cx, &inputs, |cx, inputs| match inputs {
+        [x, modulations @ ..] => forward(cx, x, &Modulations::of_blocks(modulations)),
+        [] => Err(Error::internal("a step", "no inputs")),
+    })
+}
 
 /// Guidance with this weight is the conditional prediction itself.
 const NO_GUIDANCE: f32 = 1.0;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::guided::Texts;
-use super::is_guided;
+use super::{is_guided, modulated};
 use crate::device::Context;
 use crate::diffusion::latents::{Kept, LatentSampling, LatentStep, diffuse, implied_clean};
 use crate::diffusion::noise::{Draw, NoiseSource};
@@ -14,6 +14,7 @@ use crate::pipeline::generate_options::{GenerateOptions, Init, InitFrom};
 use crate::pipeline::halves::Prior;
 use crate::pipeline::model::Model;
 use crate::stages::blocks::{Conditioning, Modulations};
+use crate::tensor::replay::Replay;
 use crate::tensor::{DType, Tensor};
 
 /// Stage C's walk. It works on Stage C's own latents, and gives them as Stage B takes them.
@@ -115,12 +116,14 @@ impl<'a> StageCWalk<'a> {
             kept.mask = concat(self.cx, &vec![&kept.mask; samples])?;
         }
         let guided = texts.guided(self.cx, |texts, index, _| {
-            Ok([network.attend_to_text(self.cx, texts)?.with_index(index)])
+            Ok(([network.attend_to_text(self.cx, texts)?.with_index(index)], Replay::new()))
         })?;
         let predict = |x: &Tensor, step: usize| {
             let modulations = self.modulations.at(step)?;
-            guided.run_guided(self.cx, x, self.guidance, |x, attended| {
-                network.forward(self.cx, x, Conditioning { modulations: &modulations, attended })
+            guided.run_guided(self.cx, x, self.guidance, |x, (attended, replay)| {
+                modulated(self.cx, replay, x, &modulations, |cx, x, modulations| {
+                    network.forward(cx, x, Conditioning { modulations, attended })
+                })
             })
         };
         let mut latents = match self.steps() {

@@ -1,7 +1,7 @@
 //! Stage B's walk over tokens (v1).
 
 use super::guided::{Guided, Texts};
-use super::{NO_GUIDANCE, check_finite, not_finite, with_zero_twin};
+use super::{NO_GUIDANCE, check_finite, modulated, not_finite, with_zero_twin};
 use crate::device::Context;
 use crate::diffusion::noise::{Draw, NoiseSource};
 use crate::diffusion::tokens::{Choice, TokenSampling, TokenStep};
@@ -12,6 +12,7 @@ use crate::pipeline::halves::Decoder;
 use crate::pipeline::load::Part;
 use crate::stages::blocks::{Attended, Conditioning, Modulations};
 use crate::stages::stage_b::StageB;
+use crate::tensor::replay::Replay;
 use crate::tensor::{DType, Tensor};
 
 /// Stage B's walk from random tokens to predicted ones.
@@ -23,6 +24,9 @@ pub(super) struct TokenWalk<'a> {
     modulations: Modulations,
     grid: (usize, usize),
 }
+
+/// What the blocks take beside x: latents and text.
+type Condition = ([Attended; 2], Replay);
 
 impl<'a> TokenWalk<'a> {
     /// A walk over a grid of tokens.
@@ -84,24 +88,35 @@ impl<'a> TokenWalk<'a> {
         let choose = |tokens: &Tensor, step: TokenStep, uniforms: Option<&Tensor>| {
             self.choose(&guided, tokens, step, uniforms)
         };
-        self.sampling.run(self.cx, &start, start.clone(), noise, choose, after_step)
+        let tokens = self.sampling.run(self.cx, &start, start.clone(), noise, choose, after_step)?;
+        self.check_tokens(&tokens)?;
+        Ok(tokens)
+    }
+
+    /// # Errors
+    /// `Format` or `InvalidArgument`, saying what is not finite, if a token could not be chosen.
+    fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
+        match tokens.slice::<i64>()?.contains(&NO_TOKEN) {
+            true => Err(not_finite("Stage B", &[&self.part.weights, &self.decoder.stage_a.weights])),
+            false => Ok(()),
+        }
     }
 
     /// Keys and values of latents and texts. The twins see latents of zero, all of them the same ones.
-    fn condition(&self, latents: &Tensor, texts: &Texts) -> Result<Guided<[Attended; 2]>> {
+    fn condition(&self, latents: &Tensor, texts: &Texts) -> Result<Guided<Condition>> {
         let network = &self.part.network;
         let samples = texts.index.len();
         let entries = with_zero_twin(self.cx, latents, texts.unconditional.is_some())?;
         let attended = network.attend_to_latents(self.cx, &entries)?;
         texts.guided(self.cx, |texts, index, who| {
             let text = network.attend_to_text(self.cx, texts)?.with_index(index);
-            Ok([attended.with_index(who.entries(samples)), text])
+            Ok(([attended.with_index(who.entries(samples)), text], Replay::new()))
         })
     }
 
     fn choose(
         &self,
-        guided: &Guided<[Attended; 2]>,
+        guided: &Guided<Condition>,
         tokens: &Tensor,
         step: TokenStep,
         uniforms: Option<&Tensor>,
@@ -109,10 +124,16 @@ impl<'a> TokenWalk<'a> {
         let Part { network, weights, .. } = self.part;
         let stage_a = &self.decoder.stage_a;
         let modulations = self.modulations.at(step.step)?;
-        let (conditional, unconditional) = guided.run(self.cx, tokens, |tokens, attended| {
-            network.features(self.cx, tokens, Conditioning { modulations: &modulations, attended })
+        let (conditional, unconditional) = guided.run(self.cx, tokens, |tokens, (attended, replay)| {
+            modulated(self.cx, replay, tokens, &modulations, |cx, tokens, modulations| {
+                network.features(cx, tokens, Conditioning { modulations, attended })
+            })
         })?;
-        check_finite(&conditional, "Stage B", weights)?;
+        // A GPU is not waited for in a step: what is not finite gives no token, and shows at the end.
+        let looks_now = self.cx.device().accelerator().is_none();
+        if looks_now {
+            check_finite(&conditional, "Stage B", weights)?;
+        }
         let rows = |x: &Tensor| x.reshape(&[x.shape().rows(), x.shape().channels()]);
         let (conditional, unconditional) =
             (rows(&conditional)?, unconditional.as_ref().map(rows).transpose()?);
@@ -131,8 +152,8 @@ impl<'a> TokenWalk<'a> {
             step.temperature,
             choice,
         )?;
-        if chosen.slice::<i64>()?.contains(&NO_TOKEN) {
-            return Err(not_finite("Stage B", &[weights, &stage_a.weights]));
+        if looks_now {
+            self.check_tokens(&chosen)?;
         }
         chosen.reshape(tokens.dims())
     }

@@ -88,6 +88,16 @@ impl Modulations {
     pub fn at(&self, time: usize) -> Result<Self> {
         Ok(Modulations(self.0.iter().map(|m| m.narrow(time, 1)).collect::<Result<_>>()?))
     }
+
+    /// Per block, in the network's order.
+    pub fn per_block(&self) -> &[Tensor] {
+        &self.0
+    }
+
+    /// As [`Modulations::per_block`] gives them.
+    pub fn of_blocks(modulations: &[Tensor]) -> Self {
+        Modulations(modulations.to_vec())
+    }
 }
 
 /// Everything beside x that a network's blocks take.

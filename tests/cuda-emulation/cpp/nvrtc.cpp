@@ -119,7 +119,7 @@ bool parse(int count, const char *const *given, Options *to, std::string *log) {
 // --- The compiler -----------------------------------------------------------------------------------------------
 
 std::vector<std::string> arguments(const Options &options) {
-    std::vector<std::string> all = {CUEMU_CXX, "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden",
+    std::vector<std::string> all = {CUEMU_CXX, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden",
         "-fno-gnu-unique", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-attributes", "-Wno-unknown-pragmas",
         "-Wl,-Bsymbolic", "-Wl,-z,start-stop-visibility=hidden", "-I" CUEMU_INCLUDE, "-include", "cuemu.h"};
     all.push_back("-D__CUDA_ARCH__=" + std::to_string(atoi(options.target.c_str() + options.target.find('_') + 1) * 10));
@@ -235,9 +235,12 @@ int copy(const std::string &text, char *to) {
     if (int error = enter()) return error;                                                                             \
     if (!(condition)) return otherwise
 
+// What is compiled depends on this emulation and its flags: whoever keeps images by version must not meet old ones.
 API nvrtcVersion(int *major, int *minor) {
     ENTER(major && minor, INVALID_INPUT);
-    *major = 13, *minor = 0;
+    const char *flags = getenv("CUEMU_CXXFLAGS");
+    *major = 13;
+    *minor = (int)(std::hash<std::string>{}(CUEMU_HEADERS_HASH CUEMU_CACHE + std::string(flags ? flags : "")) % 1000000);
     return SUCCESS;
 }
 

@@ -5,9 +5,13 @@
 //! z[n, i*s+u-k/2, j*s+v-k/2, c*G+g]`; `dbias[c] = sum of dy[.., c]`.
 
 mod cpu;
+mod cuda;
+
+use std::sync::Arc;
 
 use super::{DepthwiseConv, Padding, Sizes, join};
 use crate::device::Context;
+use crate::device::cuda::Stream;
 use crate::error::Result;
 use crate::ops::{kernels, sums};
 use crate::tensor::autograd::{Flow, Tracked};
@@ -55,6 +59,9 @@ impl Backward {
     }
 
     pub fn run(self, cx: &Context, flow: &mut Flow) -> Result<()> {
+        if let Some(stream) = cx.cuda()? {
+            return self.run_on(cx, stream, flow);
+        }
         if let Some(weight) = &self.weight {
             let groups = self.of_groups(cx, flow.gradient(), weight)?;
             flow.give(cx, self.x.1, |_| self.of_channels(cx, &groups, 0, self.x.0))?;
@@ -71,6 +78,23 @@ impl Backward {
         }
         let channels = self.shape.channels;
         flow.give(cx, self.to_bias, |g| sums::columns(cx, "depthwise bias gradient", g.slice()?, channels))
+    }
+
+    fn run_on(self, cx: &Context, stream: &Arc<Stream>, flow: &mut Flow) -> Result<()> {
+        let sizes = (self.shape, self.padding);
+        let [n, h, w] = self.dims;
+        if let Some(weight) = &self.weight {
+            for (first, (count, to)) in [(0, self.x), (self.x.0, self.skip)] {
+                flow.give(cx, to, |g| {
+                    cuda::of_channels(cx, stream, (g, weight), sizes, ([n, h, w, count], first))
+                })?;
+            }
+        }
+        if let Some((x, skip)) = &self.inputs {
+            let inputs = (x, skip.as_ref());
+            flow.give(cx, self.to_weight, |g| cuda::of_weight(cx, stream, g, inputs, sizes))?;
+        }
+        flow.give(cx, self.to_bias, |g| sums::columns_on(cx, stream, "depthwise bias gradient", g))
     }
 
     /// The gradient of the joined inputs, group after group: `[G, N, H, W, C]`.

@@ -182,7 +182,11 @@ CUEMU_PLAIN inline void fiber_main() {
 // Gives a thread that has not run yet a stack: the one that was given back last, which the cache holds.
 CUEMU_PLAIN inline void start(Fiber &f) {
     Engine &e = engine;
+#if CUEMU_TSAN
+    unsigned number = f.flat; // one that two fibers share would look like a race
+#else
     unsigned number = e.free_stacks[--e.free_count];
+#endif
     f.stack = e.launch->stacks + number * CUEMU_STACK;
     f.stack_number = number;
 #if CUEMU_TSAN
@@ -227,7 +231,9 @@ CUEMU_PLAIN inline void resume(Fiber *f) {
     __sanitizer_finish_switch_fiber(e.scheduler_fake, nullptr, nullptr);
 #endif
     if (f->state != EXITED) return;
+#if !CUEMU_TSAN
     e.free_stacks[e.free_count++] = f->stack_number;
+#endif
     f->stack = nullptr;
 }
 
@@ -426,7 +432,7 @@ CUEMU_PLAIN inline const dim3 &block_size() { return engine.block_size; }
 CUEMU_PLAIN inline const dim3 &grid_size() { return engine.grid_size; }
 
 template <class T> CUEMU_PLAIN T *dyn_shared() {
-    if (!engine.dynamic_shared) fail("the kernel uses dynamic shared memory but was launched without");
+    // Launched without: a kernel may still name it. Touching it is a fault, on the page that is never mapped.
     return (T *)engine.dynamic_shared;
 }
 

@@ -14,35 +14,45 @@ CUEMU_PLAIN inline unsigned present(unsigned mask, unsigned first) {
     return mask & existing;
 }
 
+// Whether lane l, if it is named, has yet to come to the operation that `me` came to.
+CUEMU_PLAIN inline bool missing(const Fiber &me, const Fiber *warp, unsigned named, unsigned l) {
+    const Fiber &other = warp[l];
+    bool here = other.state == AT_WARP && other.mask == me.mask && other.operation == me.operation;
+    return (named >> l & 1) && &other != &me && !here;
+}
+
+CUEMU_PLAIN inline bool all_came(const Fiber &me, const Fiber *warp, unsigned named) {
+    // Neighbours first: in most orders one of them has not run yet.
+    unsigned lane = me.flat % 32;
+    if (missing(me, warp, named, (lane + 1) % 32) || missing(me, warp, named, (lane + 31) % 32)) return false;
+    for (unsigned l = 0; l < 32; l++)
+        if (missing(me, warp, named, l)) return false;
+    return true;
+}
+
 CUEMU_PLAIN inline void in_warp(unsigned mask, void *data, Operation operation, Site site) {
     Engine &e = engine;
     Fiber *me = e.current;
-    unsigned lane = me->flat % 32, first = me->flat - lane;
+    unsigned lane = me->flat % 32, first = me->flat - lane, named = present(mask, first);
+    Fiber *warp = &e.fibers[first];
     me->site = site, me->mask = mask, me->data = data, me->operation = (const void *)operation;
     if (!(mask >> lane & 1)) fail("a lane is not in the mask that it gave");
     CUEMU_RELEASE(&e.post_tag[me->flat]);
-    void *lanes[32] = {};
-    bool all = true;
-    unsigned named = present(mask, first);
-    for (unsigned l = 0; l < 32; l++) {
-        if (!(named >> l & 1)) continue;
-        Fiber &other = e.fibers[first + l];
-        if (other.state == EXITED) me->state = AT_WARP, fail("a lane that a warp mask names has exited");
-        bool here = &other == me || (other.state == AT_WARP && other.mask == mask && other.operation == me->operation);
-        all = all && here;
-        lanes[l] = other.data;
-    }
-    if (!all) {
+    if (!all_came(*me, warp, named)) {
         me->state = AT_WARP;
         to_scheduler(me, false);
     } else {
-        for (unsigned l = 0; l < 32; l++)
-            if (named >> l & 1) CUEMU_ACQUIRE(&e.post_tag[first + l]);
+        void *lanes[32] = {};
+        for (unsigned l = 0; l < 32; l++) {
+            if (!(named >> l & 1)) continue;
+            CUEMU_ACQUIRE(&e.post_tag[first + l]);
+            lanes[l] = warp[l].data;
+        }
         if (operation) operation(lanes, named);
         for (unsigned l = 0; l < 32; l++) {
             if (!(named >> l & 1)) continue;
             CUEMU_RELEASE(&e.go_tag[first + l]);
-            e.fibers[first + l].state = READY;
+            warp[l].state = READY;
         }
     }
     CUEMU_ACQUIRE(&e.go_tag[me->flat]);

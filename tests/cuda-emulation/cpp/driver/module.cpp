@@ -62,7 +62,9 @@ API cuModuleLoadData(void **handle, const void *data) {
     Image image;
     if (!read((const char *)data, &image)) return INVALID_IMAGE;
     if (!fits(image.target)) return NO_BINARY_FOR_GPU;
-    void *library = dlopen(image.path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    // A sanitizer looks for the names of functions when it reports, which may be after an unload.
+    static const int kept = getenv("CUEMU_CXXFLAGS") ? RTLD_NODELETE : 0;
+    void *library = dlopen(image.path.c_str(), RTLD_NOW | RTLD_LOCAL | kept);
     if (!library) {
         complain("%s", dlerror());
         return INVALID_IMAGE;
