@@ -107,7 +107,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "products are not computed on a GPU yet"]
     fn on_a_gpu() {
         for (outer, outputs) in [(&[2usize, 40][..], 5), (&[2, 3, 5], 40), (&[1, 70], 520)] {
             let inputs = inputs(outer, outputs);
