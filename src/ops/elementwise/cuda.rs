@@ -107,7 +107,7 @@ pub(super) fn activate_gradient(
 unsafe impl Parameter for Rescale {}
 
 /// [`super::rescale`] without recording.
-pub(super) fn rescale(cx: &Context, stream: &Arc<Stream>, x: Tensor, p: Rescale) -> Result<Tensor> {
+pub(crate) fn rescale(cx: &Context, stream: &Arc<Stream>, x: Tensor, p: Rescale) -> Result<Tensor> {
     let precision = x.precision("rescaled numbers")?;
     let count = x.elements();
     if count == 0 {

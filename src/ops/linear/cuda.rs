@@ -3,13 +3,11 @@
 use std::sync::Arc;
 
 use super::gradient::Place;
-use super::{Activation, Epilogue, Layout, Term, modulation_by_sample};
+use super::{Epilogue, Layout, Term, modulation_by_sample};
 use crate::device::Context;
-use crate::device::cuda::{Launch, Matrix, Precision, Product, Stream, Tail, Taken, kernels};
+use crate::device::cuda::{Matrix, Precision, Product, Stream, Tail, Taken};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
-
-kernels!(KERNELS, "linear");
 
 /// Rows of a result, and what an epilogue has to know of them.
 #[derive(Debug, Clone, Copy)]
@@ -58,7 +56,7 @@ impl Held {
         let tail = Tail {
             scale: take("linear channel scale", e.channel_scale, Precision::F32)?,
             bias: e.bias.is_some().then_some((bias, of_bias)),
-            activation: code(e.activation),
+            activation: e.activation.code(),
             gain: e.gain,
             residual: take("linear residual", e.residual, rows.precision)?,
             modulation: take("linear modulation", e.modulation, Precision::F32)?,
@@ -88,19 +86,6 @@ impl Held {
     /// Whether each sample has a modulation of its own.
     pub fn is_by_sample(&self) -> bool {
         self.tail.rows_per_sample > 0
-    }
-}
-
-/// As kernel.cuh numbers them, with the slope of a leaky ReLU.
-fn code(activation: Activation) -> (i32, f32) {
-    match activation {
-        Activation::None => (0, 0.0),
-        Activation::Relu => (1, 0.0),
-        Activation::LeakyRelu(slope) => (2, slope),
-        Activation::QuickGelu => (3, 0.0),
-        Activation::Sigmoid => (4, 0.0),
-        Activation::Silu => (5, 0.0),
-        Activation::Gelu => (6, 0.0),
     }
 }
 
@@ -232,36 +217,4 @@ pub(crate) fn transposed_product(
     };
     // SAFETY: both factors have k rows, and there is room for the result, as was checked.
     unsafe { stream.multiply(&product) }
-}
-
-/// `x * by`, where it lies if nobody else owns its memory, else in a copy.
-pub(super) fn scale(cx: &Context, stream: &Arc<Stream>, mut x: Tensor, by: f32) -> Result<Tensor> {
-    let precision = x.precision("a scaled gradient")?;
-    if x.elements() == 0 {
-        return Ok(x);
-    }
-    // What reads it must not count as an owner.
-    let (from, to, out, _held) = if x.is_own() {
-        let at = x.on_mut(stream)?;
-        (at, at, None, None)
-    } else {
-        let mut out = Tensor::new(cx, "a scaled gradient", x.dims(), x.dtype())?;
-        let (held, to) = (x.on(cx, stream)?, out.on_mut(stream)?);
-        (held.address(), to, Some(out), Some(held))
-    };
-    let count = x.elements();
-    // SAFETY: as the kernel declares; both have so many numbers.
-    unsafe {
-        stream.launch(
-            &KERNELS,
-            "linear_scale",
-            Some(precision),
-            Launch::elements(count),
-            &[&from, &to, &(count as i64), &by],
-        )?;
-    }
-    Ok(match out {
-        Some(out) => out.tracked_as(&x),
-        None => x,
-    })
 }

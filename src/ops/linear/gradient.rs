@@ -10,7 +10,7 @@ use crate::device::Context;
 use crate::device::gemm::{Factors, Gemm, MatrixA, MatrixB, Values, gemm};
 use crate::error::Result;
 use crate::ops::activation::Activation;
-use crate::ops::elementwise;
+use crate::ops::elementwise::{self, Rescale};
 use crate::ops::kernels::{self, per_cpu};
 use crate::ops::sums;
 use crate::tensor::autograd::{self, Flow, Tracked, record};
@@ -99,7 +99,7 @@ pub(crate) fn scale(cx: &Context, x: Tensor, by: f32) -> Result<Tensor> {
         return Ok(x);
     }
     if let Some(stream) = cx.cuda()? {
-        return cuda::scale(cx, stream, x, by);
+        return elementwise::cuda::rescale(cx, stream, x, Rescale { factor: by, ..Rescale::default() });
     }
     kernels::in_place(cx, "a scaled gradient", x, CHUNK, |_, part| part.iter_mut().for_each(|v| *v *= by))
 }
