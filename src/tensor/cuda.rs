@@ -56,7 +56,7 @@ impl Tensor {
         }
         let memory = stream.take("a tensor from the host", bytes)?;
         stream.upload(self.bytes()?, &memory, 0)?;
-        Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
+        Ok(stream.using_memory(Arc::new(memory)))
     }
 
     /// The elements on the device, as `wanted`. A weight of a file is converted once.
@@ -81,7 +81,12 @@ impl Tensor {
         let memory = stream.take("a converted tensor", self.elements() * wanted.size())?;
         // SAFETY: the source has this many numbers, and there is room for as many.
         unsafe { convert(stream, (source.address(), own), (memory.address(), wanted), self.elements())? };
-        Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
+        Ok(stream.using_memory(Arc::new(memory)))
+    }
+
+    /// Whether the elements lie on a device, whatever copy the host may have of them.
+    pub(crate) fn is_on_device(&self) -> bool {
+        matches!(&self.storage, Storage::Mirrored(mirrored) if mirrored.is_on_device())
     }
 
     fn resident(&self, cx: &Context, stream: &Arc<Stream>, wanted: Option<Precision>) -> Result<Taken> {
@@ -106,5 +111,32 @@ impl Tensor {
             },
             _ => Err(Error::internal("a tensor", "on the host, and written on a GPU")),
         }
+    }
+
+    /// The stream whose memory this is, if it is a GPU's.
+    pub(crate) fn stream(&self) -> Option<Arc<Stream>> {
+        match &self.storage {
+            Storage::Mirrored(mirrored) => Some(mirrored.stream().clone()),
+            _ => None,
+        }
+    }
+
+    /// Whether the elements can be read without waiting for a GPU.
+    pub(crate) fn is_on_host(&self) -> bool {
+        match &self.storage {
+            Storage::Mirrored(mirrored) => mirrored.is_on_host(),
+            _ => true,
+        }
+    }
+
+    /// Moves what lies on the host to the context's device, if that is a GPU: to be written there from now on.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; `Device`.
+    pub(crate) fn settle(&mut self, cx: &Context) -> Result<()> {
+        if cx.cuda()?.is_some() && self.stream().is_none() {
+            *self = self.copied(cx)?;
+        }
+        Ok(())
     }
 }

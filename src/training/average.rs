@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use super::options::Ema;
 use super::parameters::Parameters;
+use crate::device::Context;
 use crate::error::Result;
+use crate::ops::adamw::moving_average;
 use crate::tensor::Tensor;
 
 /// The average of every trained parameter, by its place.
@@ -19,8 +21,8 @@ impl Average {
     ///
     /// # Errors
     /// `OutOfMemory`.
-    pub fn new(parameters: &Parameters) -> Result<Self> {
-        let copy = |place: usize| Ok((place, parameters.list()[place].master().detached()?));
+    pub fn new(cx: &Context, parameters: &Parameters) -> Result<Self> {
+        let copy = |place: usize| Ok((place, parameters.list()[place].master().copied(cx)?));
         Ok(Average { of: parameters.trained().map(copy).collect::<Result<_>>()? })
     }
 
@@ -28,18 +30,17 @@ impl Average {
     /// average = decay * average + (1 - decay) * weights.
     ///
     /// # Errors
-    /// `Internal` for parameters of other sizes.
-    pub fn follow(&mut self, parameters: &Parameters, settings: &Ema, step: u64) -> Result<()> {
+    /// `InvalidArgument` for parameters of other sizes.
+    pub fn follow(&mut self, cx: &Context, parameters: &Parameters, settings: &Ema, step: u64) -> Result<()> {
         if !step.is_multiple_of(settings.every) {
             return Ok(());
         }
         let decay = if step < settings.start { 0.0 } else { settings.decay };
         for place in parameters.trained() {
-            let weights = parameters.list()[place].master().slice::<f32>()?;
             if let Some(average) = self.of.get_mut(&place) {
-                for (average, w) in average.slice_mut::<f32>()?.iter_mut().zip(weights) {
-                    *average = *average * decay + w * (1.0 - decay);
-                }
+                // That of a checkpoint comes from the host.
+                average.settle(cx)?;
+                moving_average(cx, average, parameters.list()[place].master(), decay)?;
             }
         }
         Ok(())

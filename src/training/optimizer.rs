@@ -55,11 +55,8 @@ pub struct Moments {
 /// # Errors
 /// `Cancelled`; `OutOfMemory`.
 pub fn gradient_norm(cx: &Context, parameters: &Parameters, gradients: &Gradients) -> Result<f64> {
-    let mut total = 0.0;
-    for gradient in parameters.trained().filter_map(|place| gradients.get(place)) {
-        total += sum_of_squares(cx, gradient)?;
-    }
-    Ok(total.sqrt())
+    let all: Vec<&Tensor> = parameters.trained().filter_map(|place| gradients.get(place)).collect();
+    Ok(sum_of_squares(cx, &all)?.sqrt())
 }
 
 /// The factor that gradients of this norm are multiplied by.
@@ -84,7 +81,7 @@ pub fn step(
     for &place in &places {
         if let Entry::Vacant(absent) = moments.of.entry(place) {
             let dims = parameters.list()[place].master().dims();
-            let zeros = || Tensor::zeros(cx, "optimiser state", dims, DType::F32)?.detached();
+            let zeros = || Tensor::zeros(cx, "optimiser state", dims, DType::F32)?.copied(cx);
             absent.insert([zeros()?, zeros()?]);
         }
     }
@@ -105,8 +102,10 @@ pub fn step(
         else {
             continue;
         };
-        let moments = [first.slice_mut::<f32>()?, second.slice_mut::<f32>()?];
-        adamw(cx, &update, parameters.values_mut(place)?, moments, gradient.slice()?)?;
+        // Those of a checkpoint come from the host.
+        first.settle(cx)?;
+        second.settle(cx)?;
+        adamw(cx, &update, parameters.master_mut(place), [first, second], gradient)?;
     }
     Ok(())
 }

@@ -169,6 +169,11 @@ impl Parameters {
         self.list[place].master.slice_mut()
     }
 
+    /// A parameter, to change. Networks loaded from here must be gone.
+    pub fn master_mut(&mut self, place: usize) -> &mut Tensor {
+        &mut self.list[place].master
+    }
+
     /// Running statistics take over what BatchNorms saw, with the unbiased variance, as PyTorch does. Networks loaded
     /// from here must be gone.
     ///

@@ -91,7 +91,7 @@ impl Trainer {
             Goal::StageC => Box::new(StageCTask::new(&cx, base, options, &mut parameters)?),
             Goal::Pair => Box::new(PairTask::new(&cx, base, options, &mut parameters)?),
         };
-        let average = Average::new(&parameters)?;
+        let average = Average::new(&cx, &parameters)?;
         let mut trainer = Trainer {
             model: base.clone(),
             cx,
@@ -337,7 +337,7 @@ impl Trainer {
                 .and_then(|()| self.parameters.follow(seen))
                 .and_then(|()| self.task.after_step(&cx, &mut self.parameters))
                 .and_then(|()| {
-                    self.average.follow(&self.parameters, &self.options.ema, self.progress.step + 1)
+                    self.average.follow(&cx, &self.parameters, &self.options.ema, self.progress.step + 1)
                 });
         // The weights have changed: networks that cannot be loaded for want of memory are loaded by the next step.
         let _ = self.reload();

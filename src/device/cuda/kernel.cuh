@@ -82,6 +82,18 @@ template <class T, int N> __device__ __forceinline__ Pack<T, N> load_pack(const 
     return *reinterpret_cast<const Pack<T, N> *>(p);
 }
 
+// N neighbouring floats: one, or a multiple of four that is aligned to 16 bytes.
+template <int N> __device__ __forceinline__ void load_floats(const float *p, float (&v)[N]) {
+    if constexpr (N == 1) {
+        v[0] = *p;
+    } else {
+        for (int i = 0; i < N; i += 4) {
+            Pack<float, 4> four = load_pack<float, 4>(p + i);
+            for (int j = 0; j < 4; j++) v[i + j] = four.at[j];
+        }
+    }
+}
+
 template <class T, int N> __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &v) {
     *reinterpret_cast<Pack<T, N> *>(p) = v;
 }
@@ -108,6 +120,11 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+__device__ __forceinline__ double warp_sum(double x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
 __device__ __forceinline__ float warp_max(float x) {
     for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
@@ -124,6 +141,15 @@ __device__ __forceinline__ float block_sum(float x, float *scratch) {
     return warp_sum(x);
 }
 
+__device__ __forceinline__ double block_sum(double x, double *scratch) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = warp_sum(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    x = lane < warps ? scratch[lane] : 0.0;
+    return warp_sum(x);
+}
+
 __device__ __forceinline__ float block_max(float x, float *scratch) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     x = warp_max(x);
@@ -132,6 +158,116 @@ __device__ __forceinline__ float block_max(float x, float *scratch) {
     x = lane < warps ? scratch[lane] : -INFINITY_F;
     return warp_max(x);
 }
+
+// --- Random numbers: the bits of src/tensor/rng, whose arithmetic in double is rounded after each operation ---------
+
+// The four words of a block of a stream.
+struct Words {
+    u32 at[4];
+};
+
+// Philox 4x32-10 (Salmon et al. 2011).
+__device__ __forceinline__ Words philox(u64 key, u64 stream, u64 block) {
+    u32 k0 = (u32)key, k1 = (u32)(key >> 32);
+    u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = (u32)stream, c3 = (u32)(stream >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        u64 a = (u64)0xD2511F53u * c0, b = (u64)0xCD9E8D57u * c2;
+        c0 = (u32)(b >> 32) ^ c1 ^ k0;
+        c1 = (u32)b;
+        c2 = (u32)(a >> 32) ^ c3 ^ k1;
+        c3 = (u32)a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return Words{{c0, c1, c2, c3}};
+}
+
+// sum * z + c and (sum + c) * z, rounded twice.
+__device__ __forceinline__ double times_plus(double sum, double z, double c) { return __dadd_rn(__dmul_rn(sum, z), c); }
+__device__ __forceinline__ double plus_times(double sum, double c, double z) { return __dmul_rn(__dadd_rn(sum, c), z); }
+
+// The natural logarithm: with x = m 2^e, m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)).
+__device__ __forceinline__ double random_ln(double x) {
+    u64 bits = (u64)__double_as_longlong(x) + (0x3FF0000000000000ull - 0x3FE6A09E667F3BCDull);
+    double e = (double)((int)(bits >> 52) - 1023);
+    double m = __longlong_as_double((i64)((bits & 0x000FFFFFFFFFFFFFull) + 0x3FE6A09E667F3BCDull));
+    double s = __ddiv_rn(__dadd_rn(m, -1.0), __dadd_rn(m, 1.0));
+    double z = __dmul_rn(s, s), series = __dmul_rn(1.0 / 23.0, z);
+    series = plus_times(series, 1.0 / 21.0, z);
+    series = plus_times(series, 1.0 / 19.0, z);
+    series = plus_times(series, 1.0 / 17.0, z);
+    series = plus_times(series, 1.0 / 15.0, z);
+    series = plus_times(series, 1.0 / 13.0, z);
+    series = plus_times(series, 1.0 / 11.0, z);
+    series = plus_times(series, 1.0 / 9.0, z);
+    series = plus_times(series, 1.0 / 7.0, z);
+    series = plus_times(series, 1.0 / 5.0, z);
+    series = plus_times(series, 1.0 / 3.0, z);
+    double twice = __dmul_rn(2.0, s), ln_m = __dadd_rn(twice, __dmul_rn(twice, series));
+    double high = __longlong_as_double(0x3FE62E42FEE00000ll), low = __longlong_as_double(0x3DEA39EF35793C76ll);
+    return __dadd_rn(__dmul_rn(e, high), times_plus(e, low, ln_m));
+}
+
+// sin and cos of 2 pi w / 2^32: whole quarter turns in integers, the rest by Taylor's series.
+__device__ __forceinline__ double2 random_sin_cos(u32 w) {
+    u64 quarter = ((u64)w + (1u << 29)) >> 30;
+    double turns = __dmul_rn((double)((i64)w - (i64)(quarter << 30)), 1.0 / 4294967296.0);
+    double angle = __dmul_rn(turns, 6.28318530717958647692528676655900577), z = __dmul_rn(angle, angle);
+    double sin = -1.0 / 121645100408832000.0, cos = -1.0 / 6402373705728000.0;
+    sin = times_plus(sin, z, 1.0 / 355687428096000.0);
+    cos = times_plus(cos, z, 1.0 / 20922789888000.0);
+    sin = times_plus(sin, z, -1.0 / 1307674368000.0);
+    cos = times_plus(cos, z, -1.0 / 87178291200.0);
+    sin = times_plus(sin, z, 1.0 / 6227020800.0);
+    cos = times_plus(cos, z, 1.0 / 479001600.0);
+    sin = times_plus(sin, z, -1.0 / 39916800.0);
+    cos = times_plus(cos, z, -1.0 / 3628800.0);
+    sin = times_plus(sin, z, 1.0 / 362880.0);
+    cos = times_plus(cos, z, 1.0 / 40320.0);
+    sin = times_plus(sin, z, -1.0 / 5040.0);
+    cos = times_plus(cos, z, -1.0 / 720.0);
+    sin = times_plus(sin, z, 1.0 / 120.0);
+    cos = times_plus(cos, z, 1.0 / 24.0);
+    sin = times_plus(sin, z, -1.0 / 6.0);
+    cos = times_plus(cos, z, -1.0 / 2.0);
+    sin = __dmul_rn(times_plus(sin, z, 1.0), angle);
+    cos = times_plus(cos, z, 1.0);
+    switch (quarter & 3) {
+    case 0: return make_double2(sin, cos);
+    case 1: return make_double2(cos, -sin);
+    case 2: return make_double2(-sin, -cos);
+    default: return make_double2(-cos, sin);
+    }
+}
+
+// Two independent normals of two words (Box and Muller 1958).
+__device__ __forceinline__ float2 normal_pair(u32 a, u32 b) {
+    double u = __dmul_rn(__dadd_rn((double)a, 0.5), 1.0 / 4294967296.0);
+    double radius = __dsqrt_rn(__dmul_rn(-2.0, random_ln(u)));
+    double2 direction = random_sin_cos(b);
+    return make_float2((float)__dmul_rn(radius, direction.y), (float)__dmul_rn(radius, direction.x));
+}
+
+// Four normals, and four numbers in [0, 1): elements 4 block .. 4 block + 3 of a stream.
+__device__ __forceinline__ Pack<float, 4> random_normals(u64 key, u64 stream, u64 block) {
+    Words w = philox(key, stream, block);
+    float2 first = normal_pair(w.at[0], w.at[1]), second = normal_pair(w.at[2], w.at[3]);
+    return Pack<float, 4>{{first.x, first.y, second.x, second.y}};
+}
+
+__device__ __forceinline__ Pack<float, 4> random_uniforms(u64 key, u64 stream, u64 block) {
+    Words w = philox(key, stream, block);
+    Pack<float, 4> u;
+    for (int i = 0; i < 4; i++) u.at[i] = (float)(w.at[i] >> 8) * (1.0f / 16777216.0f);
+    return u;
+}
+
+// The generators of a batch: sample n draws from keys[n] and stream `stream + n * stride`.
+struct Generators {
+    const u64 *keys;
+    u64 stream, stride;
+};
 
 // --- Activations: the numbers are those of Activation::code in src/ops/activation.rs ------------------------------
 

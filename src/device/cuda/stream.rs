@@ -335,6 +335,19 @@ impl Stream {
         taken
     }
 
+    /// As [`Stream::using`], for memory of a stream. What a recorded step took itself is the recording's already, and
+    /// goes back when it is dropped, to be used again within the step.
+    #[must_use]
+    pub fn using_part(&self, memory: &Memory, taken: Taken) -> Taken {
+        if memory.is_of(&lock(&self.arena)) { taken } else { self.using(taken) }
+    }
+
+    /// All of some memory, to be used once.
+    #[must_use]
+    pub fn using_memory(&self, memory: Arc<Memory>) -> Taken {
+        self.using_part(&memory, Taken::new(memory.address(), 0, memory.clone()))
+    }
+
     /// Whether launches are recorded and not run.
     pub fn is_recording(&self) -> bool {
         lock(&self.recording).is_some()

@@ -2,6 +2,7 @@
 //! a whole image (16,384 tokens of 8,192 classes: 512 MiB) never exist.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -9,7 +10,7 @@ use crate::device::Context;
 use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::linear::{Epilogue, Rows, product};
-use crate::ops::vector_quantize::Codes;
+use crate::ops::vector_quantize::{self, Codes};
 use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
@@ -40,7 +41,7 @@ pub enum TokenChoice<'a> {
 /// `uncond`; then `choice`. [`NO_TOKEN`] where logits, or the mean of the codebook, are not all finite.
 ///
 /// # Shapes
-/// `cond` and `uncond` `[R, C]`, `F32`; `weight` `[V, C]`, of any float type; the result `[R]`, `I64`.
+/// `cond` and `uncond` `[R, C]`, `F32`, on a GPU of any float type; `weight` `[V, C]`, of any float type; the result `[R]`, `I64`.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit, or the temperature is needed and not at least [`f32::MIN_POSITIVE`].
@@ -63,6 +64,29 @@ pub fn choose_tokens(
         return Err(Error::argument("token features", format!("{}", cond.shape()), uncond.shape()));
     }
     check(&choice, rows, classes, temperature)?;
+    if let TokenChoice::Quant { codebook } = choice {
+        vector_quantize::check(cx, codebook)?;
+    }
+    let given = Given { cond, uncond, weight, guidance, temperature, choice };
+    match cx.cuda()? {
+        Some(stream) => cuda::choose(cx, stream, &given),
+        None => choose_here(cx, &given),
+    }
+}
+
+/// What [`choose_tokens`] was given, found to fit together.
+struct Given<'a> {
+    cond: &'a Tensor,
+    uncond: Option<&'a Tensor>,
+    weight: &'a Tensor,
+    guidance: f32,
+    temperature: f32,
+    choice: TokenChoice<'a>,
+}
+
+fn choose_here(cx: &Context, given: &Given) -> Result<Tensor> {
+    let &Given { cond, uncond, weight, guidance, temperature, choice } = given;
+    let [rows, classes] = [cond.dims()[0], weight.dims()[0]];
     let codes = match choice {
         TokenChoice::Quant { codebook } => Some(Codes::new(cx, codebook)?),
         _ => None,

@@ -1,6 +1,7 @@
 use super::*;
+use crate::device::cuda::Precision;
 use crate::ops::check;
-use crate::tensor::rng::Philox;
+use crate::tensor::rng::{Generators, Philox};
 
 struct Case {
     cond: Tensor,
@@ -125,11 +126,16 @@ fn quant_agrees_with_the_definition() {
 
 #[test]
 fn borders_and_ties() {
-    let cx = check::cx();
+    for cx in std::iter::once(check::cx()).chain(check::cuda(Precision::F32)) {
+        borders_and_ties_on(&cx);
+    }
+}
+
+fn borders_and_ties_on(cx: &Context) {
     let cond = Tensor::from_slice(&[6, 1], &[1f32; 6]).unwrap();
     let weight = Tensor::from_slice(&[4, 1], &[0f32; 4]).unwrap();
     let uniforms = Tensor::from_slice(&[6], &[0f32, 0.2, 0.25, 0.75, 0.999_999_9, 1.0]).unwrap();
-    let run = |weight: &Tensor, choice| choose_tokens(&cx, &cond, None, weight, 1.0, 1.0, choice).unwrap();
+    let run = |weight: &Tensor, choice| choose_tokens(cx, &cond, None, weight, 1.0, 1.0, choice).unwrap();
     let choice = TokenChoice::Multinomial { uniforms: &uniforms };
     assert_eq!(run(&weight, choice).slice::<i64>().unwrap(), [0, 0, 1, 3, 3, 3]);
     assert_eq!(run(&weight, TokenChoice::Argmax).slice::<i64>().unwrap(), [0; 6]);
@@ -156,6 +162,12 @@ fn what_does_not_fit_is_refused() {
 
 #[test]
 fn logits_that_are_not_finite_give_no_token() {
+    for cx in std::iter::once(check::cx()).chain(check::cuda(Precision::F32)) {
+        not_finite_on(&cx);
+    }
+}
+
+fn not_finite_on(cx: &Context) {
     let (rows, classes, channels) = (3, 70, 5);
     let cond = check::random(&[rows, channels], 1);
     let mut weight = check::random(&[classes, channels], 2);
@@ -168,7 +180,7 @@ fn logits_that_are_not_finite_give_no_token() {
             TokenChoice::Quant { codebook },
         ];
         choices.map(|choice| {
-            let tokens = choose_tokens(&check::cx(), &cond, None, weight, 1.0, 1.0, choice).unwrap();
+            let tokens = choose_tokens(cx, &cond, None, weight, 1.0, 1.0, choice).unwrap();
             tokens.slice::<i64>().unwrap().iter().all(|&token| token == NO_TOKEN)
         })
     };
@@ -179,5 +191,47 @@ fn logits_that_are_not_finite_give_no_token() {
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         weight.slice_mut::<f32>().unwrap()[69 * channels] = value;
         assert_eq!(run(&weight, &check::random(&[classes, 4], 3)), [true; 3]);
+    }
+}
+
+#[test]
+fn a_gpu_chooses_without_asking_the_host() {
+    for [rows, channels, classes] in [[1usize, 1, 1], [37, 5, 67], [9, 16, 8192], [3, 4, 12_000]] {
+        let case = Case::new([rows, channels, classes], true, DType::F32);
+        let mut uniforms = Tensor::new(&check::cx(), "u", &[rows], DType::F32).unwrap();
+        let generators = Generators { seeds: vec![3], stream: 4, stride: 0 };
+        generators.fill_uniform(&mut uniforms).unwrap();
+        let inputs = [
+            &case.cond,
+            case.uncond.as_ref().unwrap(),
+            &case.weight,
+            &uniforms,
+            &check::random(&[classes, 4], 8),
+        ];
+        type Rule = fn(&[Tensor]) -> TokenChoice;
+        let rules: [Rule; 3] = [
+            |_| TokenChoice::Argmax,
+            |x| TokenChoice::Multinomial { uniforms: &x[3] },
+            |x| TokenChoice::Quant { codebook: &x[4] },
+        ];
+        for rule in rules {
+            check::on_device(&inputs, &[(Precision::F32, 0.0)], |cx, x| {
+                choose_tokens(cx, &x[0], Some(&x[1]), &x[2], case.guidance, 0.7, rule(x))
+            });
+        }
+    }
+    // In half precision the logits differ; those of rounded features are still the largest.
+    for precision in [Precision::BF16, Precision::F16] {
+        let Some(cx) = check::cuda(precision) else { return };
+        let dtype = DType::of_activations(&cx);
+        let case = Case::new([40, 33, 130], false, dtype);
+        let cond = check::cast(&case.cond, dtype);
+        let wide = Case { cond: crate::ops::kernels::widened(&check::cx(), "x", &cond).unwrap(), ..case };
+        let cond = check::moved(&cx, &cond);
+        let tokens = choose_tokens(&cx, &cond, None, &wide.weight, 1.0, 1.0, TokenChoice::Argmax).unwrap();
+        for (logits, token) in wide.logits().iter().zip(tokens.slice::<i64>().unwrap()) {
+            let largest = logits.iter().copied().fold(f64::MIN, f64::max);
+            assert!(logits[*token as usize] >= largest - 1e-4);
+        }
     }
 }

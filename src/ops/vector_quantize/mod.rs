@@ -1,6 +1,7 @@
 //! The nearest row of a codebook (van den Oord et al. 2017).
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
@@ -17,11 +18,7 @@ pub(crate) struct Codes {
 impl Codes {
     /// Lays out `codebook`, `[V, D]` of any float type.
     pub fn new(cx: &Context, codebook: &Tensor) -> Result<Self> {
-        refuse(cx, "codebook", &[codebook])?;
-        let [count, dim] = codebook.dims_of::<2>("codebook")?;
-        if count == 0 || dim == 0 {
-            return Err(Error::argument("codebook", "at least one code", codebook.shape()));
-        }
+        let [count, dim] = check(cx, codebook)?;
         let wide = kernels::widened(cx, "codebook", codebook)?;
         let source = wide.slice::<f32>()?;
         let padded = count.next_multiple_of(cpu::BLOCK);
@@ -51,6 +48,16 @@ impl Codes {
     }
 }
 
+/// The number and the length of codes.
+pub(crate) fn check(cx: &Context, codebook: &Tensor) -> Result<[usize; 2]> {
+    refuse(cx, "codebook", &[codebook])?;
+    let [count, dim] = codebook.dims_of::<2>("codebook")?;
+    if count == 0 || dim == 0 {
+        return Err(Error::argument("codebook", "at least one code", codebook.shape()));
+    }
+    Ok([count, dim])
+}
+
 /// `argmin over v of sum over d of (x[.., d] - codebook[v, d])^2`; the lowest v of equally near ones.
 ///
 /// # Shapes
@@ -60,14 +67,19 @@ impl Codes {
 /// `InvalidArgument` if shapes do not fit or the codebook is empty.
 pub fn nearest(cx: &Context, x: &Tensor, codebook: &Tensor) -> Result<Tensor> {
     refuse(cx, "nearest code", &[x])?;
-    let codes = Codes::new(cx, codebook)?;
-    let dim = codes.dim();
+    let [_, dim] = check(cx, codebook)?;
     let Some((&last, outer)) = x.dims().split_last().filter(|(last, _)| **last == dim) else {
         return Err(Error::argument("vector to quantize", format!("[.., {dim}]"), x.shape()));
     };
+    let mut out = Tensor::new(cx, "codes", outer, DType::I64)?;
+    if let Some(stream) = cx.cuda()? {
+        let codes = cuda::DeviceCodes::new(cx, stream, codebook)?;
+        cuda::nearest(cx, stream, (x, &codes), 0, &mut out)?;
+        return Ok(out);
+    }
+    let codes = Codes::new(cx, codebook)?;
     let input = x.slice::<f32>()?;
     let (table, row) = codes.table()?;
-    let mut out = Tensor::new(cx, "codes", outer, DType::I64)?;
     let chunk = kernels::rows_per_task(codes.count());
     kernels::parallel_chunks(cx, out.slice_mut::<i64>()?, chunk, |i, part| {
         for (code, vector) in part.iter_mut().zip(input[i * chunk * last..].chunks_exact(last)) {
@@ -80,6 +92,7 @@ pub fn nearest(cx: &Context, x: &Tensor, codebook: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
     use crate::tensor::autograd::{Tape, leaf};
 
@@ -108,6 +121,24 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_finds_the_same() {
+        for (dims, v) in
+            [(&[1usize, 1][..], 1usize), (&[3, 5, 7, 4], 1300), (&[2, 65, 11], 64), (&[3, 2500], 9)]
+        {
+            let d = dims[dims.len() - 1];
+            let inputs = [&check::random(dims, 1), &check::random(&[v, d], 2)];
+            check::on_device(&inputs, &[(Precision::F32, 0.0)], |cx, t| nearest(cx, &t[0], &t[1]));
+        }
+        let Some(cx) = check::cuda(Precision::BF16) else { return };
+        let x = check::cast(&check::random(&[40, 4], 1), DType::BF16);
+        let codebook = check::random(&[300, 4], 2);
+        let expected =
+            nearest(&check::cx(), &kernels::widened(&check::cx(), "x", &x).unwrap(), &codebook).unwrap();
+        let found = nearest(&cx, &check::moved(&cx, &x), &codebook).unwrap();
+        assert!(found.bytes().unwrap() == expected.bytes().unwrap());
+    }
+
+    #[test]
     fn tracked_inputs_are_refused() {
         let (cx, x) = (check::cx(), check::random(&[3, 2], 1));
         let (recording, tracked) = (Tape::new().attach(&cx), leaf(&x, 0));
@@ -126,7 +157,7 @@ mod tests {
         }
         let codebook = Tensor::from_slice(&[v, 1], &values).unwrap();
         let x = Tensor::from_slice(&[3, 1], &[1f32, 2.0, f32::NAN]).unwrap();
-        let found = nearest(&check::cx(), &x, &codebook).unwrap();
+        let found = check::on_threads(|cx| nearest(cx, &x, &codebook));
         assert_eq!(found.slice::<i64>().unwrap(), [77, 0, 0]);
         assert!(nearest(&check::cx(), &check::random(&[3, 2], 1), &codebook).is_err());
     }

@@ -97,7 +97,7 @@ impl Task for PairTask {
         pass.backward(&tape, &found.loss)?;
         Ok(Measured {
             loss: f64::from(found.loss.slice::<f32>()?[0]),
-            accuracy: f64::from(found.accuracy),
+            accuracy: f64::from(found.accuracy.slice::<f32>()?[0]),
             seen: training.into_seen(),
         })
     }

@@ -128,7 +128,7 @@ fn of_pixels(
 
 /// The norm of the mean over ranks of a gradient.
 fn norm_of_mean(pass: &Pass, gradient: &Tensor) -> Result<f64> {
-    let Some(reduce) = pass.reduce else { return Ok(sum_of_squares(pass.cx, gradient)?.sqrt()) };
+    let Some(reduce) = pass.reduce else { return Ok(sum_of_squares(pass.cx, &[gradient])?.sqrt()) };
     let share = 1.0 / reduce.ranks() as f64;
     // Some thousand numbers: a 1x1 convolution to the colours of four pixels.
     let mut mean: Vec<f64> = gradient.slice::<f32>()?.iter().map(|g| f64::from(*g) * share).collect();
