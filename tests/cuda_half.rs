@@ -84,7 +84,8 @@ fn stage_b() {
 
 #[test]
 fn stage_c() {
-    for (case, folder) in [("stage_c_forward", "model/stage_c"), ("v2_prior_forward", "v2/model/prior_prior")] {
+    for (case, folder) in [("stage_c_forward", "model/stage_c"), ("v2_prior_forward", "v2/model/prior_prior")]
+    {
         let case = Case::read(case);
         let network = match folder.starts_with("v2") {
             true => load::prior(&fixtures().join(folder)).unwrap().network,
