@@ -356,6 +356,12 @@ impl Trainer {
         Ok(())
     }
 
+    /// The stream that all steps run on.
+    #[cfg(test)]
+    pub(super) fn stream(&self) -> Option<&Arc<crate::device::cuda::Stream>> {
+        self.cx.cuda().ok().flatten()
+    }
+
     pub(super) fn context(&self) -> Context {
         let cx = self.cx.clone().cancelled_by(&self.cancel);
         match &self.options.cancel {
