@@ -138,7 +138,7 @@ fn stage_b_gradients() {
     let tape = Tape::new();
     let found_loss = stage_b::loss(&tape.attach(&cx), &network, &batch).unwrap();
     assert_scalar("loss", found_loss.loss.slice::<f32>().unwrap()[0].into(), case.floats("loss")[0], 1e-5);
-    let accuracy = found_loss.correct as f64 / replaced.len() as f64;
+    let accuracy = found_loss.correct().unwrap() as f64 / replaced.len() as f64;
     assert!((accuracy - f64::from(case.floats("acc")[0])).abs() < 1e-6);
     let mut found = Gradients::default();
     tape.backward_from(&cx, &found_loss.loss, 1.0, &mut found).unwrap();
@@ -247,7 +247,7 @@ fn five_steps_of_stage_c() {
     let (cx, case) = (context(), Case::read("train_stage_c"));
     let part = load::stage_c(&fixtures().join("model/stage_c")).unwrap();
     let mut parameters = stage_c_in_training(&part);
-    let mut average = Average::new(&parameters).unwrap();
+    let mut average = Average::new(&cx, &parameters).unwrap();
     let (settings, mut moments) = (settings(&case, "warmup_updates"), Moments::default());
     let ema = Ema { decay: case.settings["ema_beta"].as_f64().unwrap() as f32, start: 0, every: 1 };
     let trained = [Trained { prefix: "stage_c", keys: &part.keys, recorded: "" }];
@@ -267,7 +267,7 @@ fn five_steps_of_stage_c() {
         assert_scalar("norm", norm, case.floats("grad_norm")[step], 5e-5);
         let scale = clip_factor(norm, settings.clip);
         optimizer::step(&cx, &settings, &mut parameters, &mut moments, &found, scale).unwrap();
-        average.follow(&parameters, &ema, step as u64 + 1).unwrap();
+        average.follow(&cx, &parameters, &ema, step as u64 + 1).unwrap();
     }
     assert_final(&case, &parameters, &average, &trained, f64::from(settings.learning_rate));
 }
@@ -279,7 +279,7 @@ fn five_steps_of_stage_b_with_its_encoder() {
     let encoder = load::image_encoder(&fixtures().join("model/image_encoder")).unwrap().encoder;
     let mut parameters = stage_b_in_training(&part);
     add_encoder(&mut parameters, &encoder);
-    let mut average = Average::new(&parameters).unwrap();
+    let mut average = Average::new(&cx, &parameters).unwrap();
     let (settings, mut moments) = (settings(&case, "warmup_updates"), Moments::default());
     let ema = Ema { decay: case.settings["ema_beta"].as_f64().unwrap() as f32, start: 0, every: 1 };
     let trained = [
@@ -339,7 +339,7 @@ fn five_steps_of_stage_b_with_its_encoder() {
         let scale = clip_factor(norm, settings.clip);
         optimizer::step(&cx, &settings, &mut parameters, &mut moments, &found, scale).unwrap();
         parameters.follow(&pass.into_seen()).unwrap();
-        average.follow(&parameters, &ema, step as u64 + 1).unwrap();
+        average.follow(&cx, &parameters, &ema, step as u64 + 1).unwrap();
     }
     assert_final(&case, &parameters, &average, &trained, f64::from(settings.learning_rate));
 }

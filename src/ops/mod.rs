@@ -32,6 +32,7 @@ pub mod repeat;
 pub mod residual_mlp;
 pub mod resize;
 pub mod response_norm;
+pub mod sampler_step;
 pub mod scaled_residual;
 pub mod select;
 pub mod spectral_norm;
