@@ -9,7 +9,7 @@
 PROMPT ?= a red apple
 export PROMPT
 
-.PHONY: all check test test-cuda demo bench parity clean
+.PHONY: all check test test-cuda demo bench bench-cuda parity clean
 
 all:
 	@tools/build.sh
@@ -19,6 +19,9 @@ check:
 
 test:
 	@tools/test.sh
+
+bench-cuda:
+	@tools/bench-cuda.sh
 
 test-cuda:
 	@tools/test-cuda.sh

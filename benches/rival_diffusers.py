@@ -37,9 +37,10 @@ def step_of(part, network, sizes):
     from diffusers import DDPMWuerstchenScheduler
 
     generator = torch.Generator().manual_seed(rival.SEED)
-    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    place = rival.placed(network)
+    random = lambda *shape: place(torch.randn(*shape, generator=generator))  # noqa: E731
     if part.startswith("text"):
-        ids, mask = rival.prompts(sizes.text_length)
+        ids, mask = map(place, rival.prompts(sizes.text_length))
         return lambda: network(ids, attention_mask=mask).last_hidden_state
 
     if part == "a":
@@ -48,7 +49,7 @@ def step_of(part, network, sizes):
 
     scheduler = DDPMWuerstchenScheduler.from_pretrained(sizes.folder("c-scheduler" if part == "c" else "b-scheduler"))
     scheduler.set_timesteps(PRIOR_STEPS if part == "c" else DECODER_STEPS)
-    t = scheduler.timesteps[len(scheduler.timesteps) // 2].expand(1)
+    t = place(scheduler.timesteps[len(scheduler.timesteps) // 2].expand(1))
     if part == "c":
         x = random(1, network.config.c_in, sizes.latent, sizes.latent)
         text = random(2, sizes.text_length, network.config.c_cond)

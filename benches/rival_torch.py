@@ -26,13 +26,14 @@ def step_of(part, network, sizes):
     import torch_v1
 
     generator = torch.Generator().manual_seed(rival.SEED)
-    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    place = rival.placed(network)
+    random = lambda *shape: place(torch.randn(*shape, generator=generator))  # noqa: E731
     if part == "text":
-        ids, mask = rival.prompts(sizes.text_length)
+        ids, mask = map(place, rival.prompts(sizes.text_length))
         return lambda: network(ids, mask)
 
     text = random(2, sizes.text_length, sizes.config("text")["hidden_size"])
-    t = torch.full((1,), T)
+    t = place(torch.full((1,), T))
     if part == "c":
         x = random(1, 16, sizes.latent, sizes.latent)
 
@@ -47,7 +48,7 @@ def step_of(part, network, sizes):
         return step_c
 
     labels = sizes.config("b")["num_labels"]
-    tokens = torch.randint(0, labels, (1, sizes.grid, sizes.grid), generator=generator)
+    tokens = place(torch.randint(0, labels, (1, sizes.grid, sizes.grid), generator=generator))
     if part == "a":
         return lambda: network.decode_indices(tokens).clamp(0, 1)
 
@@ -57,7 +58,7 @@ def step_of(part, network, sizes):
     def step_b():
         logits = network(torch.cat([tokens, tokens]), t.expand(2), latents, text)
         sampled = torch_v1.sample_tokens(logits, STAGE_B_GUIDANCE, TEMPERATURE)
-        return torch.where(torch.rand(tokens.shape) <= T - 1 / 8, tokens, sampled)
+        return torch.where(torch.rand(tokens.shape, device=tokens.device) <= T - 1 / 8, tokens, sampled)
 
     return step_b
 

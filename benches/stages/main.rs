@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! cargo bench --bench stages -- --model DIR --part text|text-b|c|b|a|hoist|open|generate [--threads N] [--repeats N]
-//!                                [--stage-c-steps N] [--stage-b-steps N]
+//!                                [--stage-c-steps N] [--stage-b-steps N] [--batch N] [--device cpu|cuda]
+//!                                [--dtype f32|f16|bf16]
 //! ```
 //!
 //! `c` and `b` report a denoising step by itself: what a generation computes once (text keys and values, timestep
 //! modulations, in v2 the image embedding at every level) is in `setup_s`. `text-b` is v2's second text tower.
 //! `hoist` sets a step of v2's decoder beside one that computes all of that itself, and the layers that the image
-//! embedding joins beside the same with its mapping not folded into them. `open` reports the time and memory
+//! embedding joins beside the same with its mapping not folded into them. `picture` is a whole picture, or `--batch` of
+//! them, with the model's own steps. On a GPU, whose work runs behind the host's, a step is timed as the difference
+//! between long and short walks. `open` reports the time and memory
 //! of opening, `generate` the peak of memory and what the second picture allocates. Each prints one line of JSON.
 //! `make_full_size.py` and `make_full_size_v2.py` in `tests/reference` write models of the published sizes.
 
@@ -56,10 +59,11 @@ fn main() -> Outcome<()> {
         "hoist" => hoist(model, &arguments),
         "open" => open_time(model, &arguments),
         "generate" => generate(model, &arguments),
-        other => {
-            Err(format!("--part: expected text, text-b, c, b, a, hoist, open or generate, found {other}")
-                .into())
-        }
+        "picture" => picture(model, &arguments),
+        other => Err(format!(
+            "--part: expected text, text-b, c, b, a, picture, hoist, open or generate, found {other}"
+        )
+        .into()),
     }?;
     println!("{report}");
     Ok(())
@@ -72,6 +76,9 @@ struct Arguments {
     repeats: usize,
     stage_c_steps: u32,
     stage_b_steps: u32,
+    batch: u32,
+    device: String,
+    dtype: String,
 }
 
 impl Arguments {
@@ -95,6 +102,9 @@ impl Arguments {
             repeats: take("repeats", "3").parse::<usize>()?.max(1),
             stage_c_steps: take("stage-c-steps", "2").parse()?,
             stage_b_steps: take("stage-b-steps", "2").parse()?,
+            batch: take("batch", "1").parse()?,
+            device: take("device", "cpu"),
+            dtype: take("dtype", ""),
             model: Some(take("model", "")).filter(|path| !path.is_empty()).map(PathBuf::from),
         };
         match given.keys().next() {
@@ -106,6 +116,10 @@ impl Arguments {
     fn options(&self) -> Outcome<ModelOptions> {
         let mut options = ModelOptions::default();
         options.set_threads(self.threads)?;
+        options.set_device(&self.device)?;
+        if !self.dtype.is_empty() {
+            options.set("compute_dtype", &self.dtype)?;
+        }
         Ok(options)
     }
 }
@@ -131,7 +145,7 @@ fn stage_c(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let bench = Bench::open(path, arguments)?;
     let mut random = Random(2);
     let (text, negative) = (bench.text(&mut random, Stage::C, 1)?, bench.text(&mut random, Stage::C, 1)?);
-    let steps = time_steps(&bench.model, arguments.repeats, |options, count| {
+    let steps = time_steps(&bench.model, arguments, |options, count| {
         options.set_stage_c(count, STAGE_C_GUIDANCE)?;
         Ok(bench.model.stage_c_sample(&text, Some(&negative), None, options)?)
     })?;
@@ -155,7 +169,7 @@ fn stage_b(path: &Path, arguments: &Arguments) -> Outcome<Value> {
     let latents = bench.image_embedding(&mut random)?;
     let guidance = bench.stage_b_guidance();
     let negative = (guidance > 1.).then_some(&negative);
-    let steps = time_steps(&bench.model, arguments.repeats, |options, count| {
+    let steps = time_steps(&bench.model, arguments, |options, count| {
         options.set_stage_b(count, guidance)?;
         Ok(bench.model.stage_b_sample(&latents, &text, negative, options)?)
     })?;
@@ -325,9 +339,13 @@ impl Steps {
 /// a sampler that reports none is timed as the difference between a long and a one-step run.
 fn time_steps(
     model: &Model,
-    repeats: usize,
+    arguments: &Arguments,
     sample: impl Fn(&mut GenerateOptions, u32) -> Outcome<Tensor>,
 ) -> Outcome<Steps> {
+    if arguments.device != "cpu" {
+        return time_steps_by_difference(model, arguments.repeats, sample);
+    }
+    let repeats = arguments.repeats;
     let count = repeats as u32 + 1;
     let events = Arc::new(Mutex::new(Vec::with_capacity(repeats + 2)));
     let mut options = GenerateOptions::new(model)?;
@@ -353,6 +371,43 @@ fn time_steps(
     let one_s = start.elapsed().as_secs_f64();
     let step_s = (whole_s - one_s) / f64::from(count - 1);
     Ok(Steps { steps: vec![one_s, step_s], by: "difference" })
+}
+
+/// Steps of the short walk that a long one is set beside: the first run of a step, its recording, and one launch.
+const SHORT_WALK: u32 = 3;
+/// Steps more of the long one.
+const MORE_STEPS: u32 = 20;
+
+/// As [`time_steps`], from whole walks: the time of a long one less that of a short one, `repeats` times.
+fn time_steps_by_difference(
+    model: &Model,
+    repeats: usize,
+    sample: impl Fn(&mut GenerateOptions, u32) -> Outcome<Tensor>,
+) -> Outcome<Steps> {
+    let mut options = GenerateOptions::new(model)?;
+    let mut time = |steps: u32| {
+        let start = Instant::now();
+        sample(&mut options, steps)?;
+        Outcome::Ok(start.elapsed().as_secs_f64())
+    };
+    time(SHORT_WALK)?;
+    let mut steps = vec![time(SHORT_WALK)?];
+    for _ in 0..repeats {
+        let difference = time(SHORT_WALK + MORE_STEPS)? - time(SHORT_WALK)?;
+        steps.push(difference / f64::from(MORE_STEPS));
+    }
+    Ok(Steps { steps, by: "difference" })
+}
+
+/// Whole pictures, with the steps that the model recommends.
+fn picture(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let bench = Bench::open(path, arguments)?;
+    let mut options = GenerateOptions::new(&bench.model)?;
+    options.add_prompt("a red bird on a branch, oil painting, detailed", None)?;
+    options.set_images_per_prompt(arguments.batch)?;
+    let seconds = repeat(arguments.repeats, || Ok(bench.model.generate(&options)?))?;
+    let device_bytes = bench.model.info().bytes_device;
+    Ok(bench.report("picture", &seconds, json!({ "batch": arguments.batch, "device_bytes": device_bytes })))
 }
 
 // ---------------------------------------------------------------- opening, memory, allocations

@@ -89,6 +89,11 @@ impl Doubles {
         unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<f64>()) }
     }
 
+    /// Their bytes, in the machine's order, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.buffer.bytes_mut()
+    }
+
     /// The numbers, to write.
     pub fn values_mut(&mut self) -> &mut [f64] {
         let bytes = self.buffer.bytes_mut();

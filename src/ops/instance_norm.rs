@@ -2,15 +2,15 @@
 
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::ops::reduce::{Columns, Terms};
-use crate::ops::standardise::{Moments, sums_of_squares};
+use crate::ops::reduce::Columns;
+use crate::ops::standardise::{Standardise, standardise};
 use crate::tensor::Tensor;
 use crate::tensor::autograd::record;
 
 /// `y = (x - mean) / sqrt(var + eps)`, mean and biased variance over the pixels of each sample and channel.
 ///
 /// # Shapes
-/// `x` and the result `[N, H, W, C]`, `F32`.
+/// `x` and the result `[N, H, W, C]`, `F32`; on a GPU of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` for another shape, or a picture without pixels; `OutOfMemory`; `Cancelled`.
@@ -20,17 +20,14 @@ pub fn instance_norm(cx: &Context, x: &Tensor, eps: f32) -> Result<Tensor> {
     if columns.rows == 0 {
         return Err(Error::argument("instance norm input", "at least one pixel", x.shape()));
     }
-    let count = columns.rows as f64;
-    let sums = sums_of_squares(cx, columns, x.slice()?, 0)?;
-    let moments = Moments::new(cx, columns, sums.values(), count, eps)?;
-    let out = moments.apply(cx, "instance norm", x, None)?;
+    let p = Standardise { what: "instance norm", columns, eps, affine: None, reduce: None };
+    let (out, moments) = standardise(cx, x, &p)?;
     record(cx, out, &[Some(x)], || {
         let x = x.clone();
         move |cx, flow| {
             flow.give(cx, x.tracked(), |g| {
-                let sums = columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, x.slice()?))?;
-                let sums = moments.gradient_sums(cx, &sums)?;
-                moments.gradient(cx, [g, &x], None, sums.values(), count)
+                let sums = moments.gradient_sums(cx, [g, &x])?;
+                moments.gradient(cx, [g, &x], None, sums, None)
             })
         }
     })
@@ -39,6 +36,7 @@ pub fn instance_norm(cx: &Context, x: &Tensor, eps: f32) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     fn definition(x: &[f64], [n, h, w, c]: [usize; 4], eps: f64) -> Vec<f64> {
@@ -59,6 +57,8 @@ mod tests {
             let x = check::random(&dims, 1);
             let y = check::on_batch(&x, |cx, x, _, _| instance_norm(cx, x, 1e-5));
             check::close(&y, &dims, &definition(&check::wide(&x), dims, 1e-5), 1e-6);
+            let tolerances = [(Precision::F32, 1e-6), (Precision::BF16, 2e-2), (Precision::F16, 4e-3)];
+            check::on_device(&[&x], &tolerances, |cx, x| instance_norm(cx, &x[0], 1e-5));
         }
         assert!(instance_norm(&check::cx(), &check::random(&[2, 3, 4], 1), 1e-5).is_err());
         assert!(instance_norm(&check::cx(), &check::random(&[2, 0, 4, 1], 1), 1e-5).is_err());
@@ -66,6 +66,8 @@ mod tests {
 
     #[test]
     fn gradients_are_those_of_the_definition() {
+        let x = check::random(&[2, 4, 3, 8], 1);
+        check::backward_on_device(&[&x], |cx, x| instance_norm(cx, &x[0], 0.1));
         for dims in [[1usize, 1, 1, 1], [2, 3, 5, 3], [3, 1, 2, 4]] {
             check::gradients(
                 &[check::random(&dims, 1)],

@@ -1,10 +1,13 @@
 //! What the kernels share: parallel loops over disjoint parts of an output, instantiation per instruction set,
 //! and sums whose order is fixed.
 
+use std::sync::Arc;
+
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::device::Context;
+use crate::device::cuda::{Precision, Stream, Taken, convert};
 use crate::device::scratch::SharedMut;
 #[cfg(test)]
 use crate::device::simd;
@@ -96,6 +99,29 @@ pub(crate) fn in_place(
     Ok(out.tracked_as(&x))
 }
 
+/// Where an op that works in place reads and writes on a GPU.
+pub(crate) struct InPlace {
+    /// The result, which has the place of the input on the tape.
+    pub out: Tensor,
+    /// The address of the input.
+    pub from: u64,
+    /// The address of the result: the input's own if nobody else owns its memory.
+    pub to: u64,
+    _input: Option<Taken>,
+}
+
+impl InPlace {
+    /// [`in_place`] on a GPU, for a kernel to do.
+    pub fn of(cx: &Context, stream: &Arc<Stream>, what: &'static str, mut x: Tensor) -> Result<Self> {
+        if let Ok(own) = x.on_mut(stream) {
+            return Ok(InPlace { out: x, from: own, to: own, _input: None });
+        }
+        let mut out = Tensor::new(cx, what, x.dims(), x.dtype())?;
+        let (input, to) = (x.on(cx, stream)?, out.on_mut(stream)?);
+        Ok(InPlace { out: out.tracked_as(&x), from: input.address(), to, _input: Some(input) })
+    }
+}
+
 /// Reads elements `start..start + out.len()` of a float tensor of any type as `f32`.
 pub(crate) fn widen(tensor: &Tensor, start: usize, out: &mut [f32]) -> Result<()> {
     let range = start..start + out.len();
@@ -112,13 +138,21 @@ pub(crate) fn widen(tensor: &Tensor, start: usize, out: &mut [f32]) -> Result<()
     Ok(())
 }
 
-/// The tensor itself if it holds `f32`, else a pooled copy that does.
+/// The tensor itself if it holds `f32`, else a pooled copy that does: on the device for what lies on it.
 pub(crate) fn widened(cx: &Context, what: &'static str, tensor: &Tensor) -> Result<Tensor> {
     if tensor.dtype() == DType::F32 {
         return Ok(tensor.clone());
     }
     let mut wide = Tensor::new(cx, what, tensor.dims(), DType::F32)?;
-    widen(tensor, 0, wide.slice_mut()?)?;
+    match cx.cuda()? {
+        Some(stream) if tensor.is_on_device() => {
+            let (from, to) = (tensor.on(cx, stream)?, wide.on_mut(stream)?);
+            let numbers = (from.address(), tensor.precision(what)?);
+            // SAFETY: both have this many numbers.
+            unsafe { convert(stream, numbers, (to, Precision::F32), tensor.elements())? };
+        }
+        _ => widen(tensor, 0, wide.slice_mut()?)?,
+    }
     Ok(wide.tracked_as(tensor))
 }
 

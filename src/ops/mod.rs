@@ -31,6 +31,7 @@ pub mod regression;
 pub mod repeat;
 pub mod residual_mlp;
 pub mod resize;
+pub mod response_expand;
 pub mod response_norm;
 pub mod sampler_step;
 pub mod scaled_residual;

@@ -29,3 +29,21 @@ __device__ void add_columns(const T *__restrict__ x, float *__restrict__ sums, i
     CU_KERNEL(sum_columns_##suffix)
 
 FOR_FLOATS(ADD_COLUMNS)
+
+// Few rows of many groups: [groups, rows, width] -> [groups, width]. A block owns 32 columns of a group.
+extern "C" __global__ void sum_groups(const float *__restrict__ x, float *__restrict__ sums, int rows, int width,
+                                      int tiles) {
+    __shared__ float lines[LINES][COLUMNS];
+    i64 group = blockIdx.x / (u32)tiles;
+    int c = (int)(blockIdx.x % (u32)tiles) * COLUMNS + threadIdx.x;
+    float sum = 0.0f;
+    if (c < width)
+        for (int row = threadIdx.y; row < rows; row += LINES) sum += x[(group * rows + row) * width + c];
+    lines[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < width) {
+        for (int line = 1; line < LINES; line++) sum += lines[line][threadIdx.x];
+        sums[group * width + c] = sum;
+    }
+}
+CU_KERNEL(sum_groups)

@@ -77,6 +77,36 @@ pub(crate) fn columns_on(
     }
 }
 
+/// The sums over R of `x` `F32 [G, R, C]` on a GPU, for R of at most a few hundred: `[G, C]`.
+pub(crate) fn groups_on(
+    cx: &Context,
+    stream: &Arc<Stream>,
+    what: &'static str,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let [groups, rows, width] = x.dims_of(what)?;
+    let mut sums = Tensor::zeros(cx, what, &[groups, width], DType::F32)?;
+    if x.elements() == 0 {
+        return Ok(sums);
+    }
+    let (from, to) = (x.on(cx, stream)?, sums.on_mut(stream)?);
+    let tiles = width.div_ceil(CUDA_COLUMNS);
+    let blocks = Launch::blocks(groups * tiles, CUDA_COLUMNS as u32);
+    let launch = Launch { block: [CUDA_COLUMNS as u32, CUDA_LINES, 1], ..blocks };
+    let (rows, width, tiles) = (rows as i32, width as i32, tiles as i32);
+    // SAFETY: as the kernel declares; x has so many numbers, the sums one for each group and column.
+    unsafe {
+        stream.launch(
+            &KERNELS,
+            "sum_groups",
+            None,
+            launch,
+            &[&from.address(), &to, &rows, &width, &tiles],
+        )?;
+    }
+    Ok(sums)
+}
+
 /// As `sums.cu` has them.
 const CUDA_COLUMNS: usize = 32;
 const CUDA_LINES: u32 = 8;

@@ -1,5 +1,7 @@
 //! From a prompt to a picture: text -> Stage C -> Stage B -> Stage A -> pixels (paper, Figure 2).
 
+#[cfg(test)]
+mod cuda_tests;
 mod defaults;
 pub(crate) mod devices;
 mod generate;

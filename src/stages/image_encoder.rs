@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::nn::{BatchNorm, DepthDraw, Linear, Mode, Params};
 use crate::ops::conv2d::{Conv2d, conv2d};
 use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
-use crate::ops::elementwise::{activate, add, affine_channels, scale_channels};
+use crate::ops::elementwise::{Rescale, activate, add, affine_channels, rescale, scale_channels};
 use crate::ops::linear::{Activation, Epilogue};
 use crate::ops::mix::scale_samples;
 use crate::ops::pool::pool;
@@ -375,12 +375,12 @@ impl ImageEncoder {
             let head = self.head.forward(cx, &features)?;
             return output(self.head_norm.forward_training(cx, &head, pass)?);
         }
-        let [mut scale, mut shift] = self.head_norm.affine(cx)?;
+        let [scale, shift] = self.head_norm.affine(cx)?;
         if autograd::records(cx, &[Some(&features), Some(self.head.weight()), Some(&scale), Some(&shift)]) {
             return output(self.head.forward_scaled(cx, &features, &scale, &shift, Activation::None)?);
         }
-        scale.slice_mut::<f32>()?.iter_mut().for_each(|scale| *scale /= div);
-        shift.slice_mut::<f32>()?.iter_mut().for_each(|shift| *shift = (*shift + add) / div);
+        let scale = rescale(cx, scale, Rescale { divisor: div, ..Rescale::default() })?;
+        let shift = rescale(cx, shift, Rescale { summand: add, divisor: div, ..Rescale::default() })?;
         self.head.forward_scaled(cx, &features, &scale, &shift, Activation::None)
     }
 }

@@ -7,6 +7,7 @@ use crate::nn::{BatchNorm, Linear, Mode, Params};
 use crate::ops::conv_transpose2d::{ConvTranspose2d, conv_transpose2d};
 use crate::ops::conv2d::{Conv2d, conv2d};
 use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
+use crate::ops::elementwise::{Rescale, rescale};
 use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::{LayerNorm, layer_norm};
 use crate::ops::linear::{Activation, Epilogue};
@@ -284,10 +285,8 @@ impl StageA {
     /// # Errors
     /// `InvalidArgument` for another number of channels; `OutOfMemory`; `Cancelled`.
     pub fn decode_latents(&self, cx: &Context, latents: &Tensor) -> Result<Tensor> {
-        let mut scaled = Tensor::new(cx, "scaled latents", latents.dims(), crate::tensor::DType::F32)?;
-        let pairs = scaled.slice_mut::<f32>()?.iter_mut().zip(latents.slice::<f32>()?);
-        pairs.for_each(|(scaled, latent)| *scaled = latent * self.config.scale_factor);
-        self.decode(cx, &scaled)
+        let by = Rescale { factor: self.config.scale_factor, ..Rescale::default() };
+        self.decode(cx, &rescale(cx, latents.clone(), by)?)
     }
 
     /// The weight of the decoder's last layer: where the weight of an adversarial loss is measured.

@@ -56,7 +56,7 @@ impl Tensor {
         }
         let memory = stream.take("a tensor from the host", bytes)?;
         stream.upload(self.bytes()?, &memory, 0)?;
-        Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
+        Ok(stream.using_memory(Arc::new(memory)))
     }
 
     /// The elements on the device, as `wanted`. A weight of a file is converted once.
@@ -81,7 +81,12 @@ impl Tensor {
         let memory = stream.take("a converted tensor", self.elements() * wanted.size())?;
         // SAFETY: the source has this many numbers, and there is room for as many.
         unsafe { convert(stream, (source.address(), own), (memory.address(), wanted), self.elements())? };
-        Ok(stream.using(Taken::new(memory.address(), 0, Arc::new(memory))))
+        Ok(stream.using_memory(Arc::new(memory)))
+    }
+
+    /// Whether the elements lie on a device, whatever copy the host may have of them.
+    pub(crate) fn is_on_device(&self) -> bool {
+        matches!(&self.storage, Storage::Mirrored(mirrored) if mirrored.is_on_device())
     }
 
     fn resident(&self, cx: &Context, stream: &Arc<Stream>, wanted: Option<Precision>) -> Result<Taken> {

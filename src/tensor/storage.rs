@@ -133,6 +133,11 @@ impl Mirrored {
         self.memory.get().ok_or_else(lost)
     }
 
+    /// Whether it lies on the device.
+    pub fn is_on_device(&self) -> bool {
+        self.memory.get().is_some()
+    }
+
     /// Whose memory it is.
     pub fn stream(&self) -> &Arc<Stream> {
         &self.stream
@@ -143,10 +148,14 @@ impl Mirrored {
         self.host.get().is_some()
     }
 
-    /// The address on the device, to write: the host's copy is given up.
+    /// The address on the device, to write: the host's copy is given up. What another stream than its own writes
+    /// becomes that one's, by way of the host.
     pub fn address_mut(&mut self, stream: &Arc<Stream>) -> Result<u64> {
         if !Arc::ptr_eq(&self.stream, stream) {
-            return Err(Error::internal("a tensor", "written in another stream than its own"));
+            if self.memory.get().is_some() {
+                self.host_mut()?;
+            }
+            self.stream = stream.clone();
         }
         let address = self.memory()?.address();
         self.host.take();
@@ -159,7 +168,8 @@ impl Mirrored {
         if !Arc::ptr_eq(&self.stream, stream) {
             return Ok(None);
         }
-        Ok(Some(stream.using(Taken::new(self.memory()?.address(), offset, self.clone()))))
+        let memory = self.memory()?;
+        Ok(Some(stream.using_part(memory, Taken::new(memory.address(), offset, self.clone()))))
     }
 
     /// Sets all bytes to zero, where they are going to be used.

@@ -65,6 +65,12 @@ impl Accelerator {
         }
     }
 
+    /// How many kernels idle streams have launched, and how often the host has read what lies on the device.
+    pub fn traffic(&self) -> (u64, u64) {
+        let of = |stream: &Arc<Stream>| (stream.launches(), stream.downloads());
+        lock(&self.idle).iter().map(of).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
+    }
+
     /// Memory held on the device, in bytes: weights, and what idle streams keep for reuse.
     pub fn bytes(&self) -> usize {
         self.residents.bytes() + lock(&self.idle).iter().map(|stream| stream.bytes()).sum::<usize>()

@@ -2,7 +2,7 @@
 //! What NVRTC made is kept on the disk.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CString, c_char};
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute};
@@ -14,9 +14,11 @@ use super::gpu::{Capability, Gpu, lock};
 use super::{Parameter, Precision};
 use crate::error::{Error, Result};
 
+/// A file that sources include: its name and its text.
+pub type Header = (&'static str, &'static str);
+
 /// What every source includes.
-const HEADER: &str = include_str!("kernel.cuh");
-const HEADER_NAME: &CStr = c"kernel.cuh";
+const HEADER: Header = ("kernel.cuh", include_str!("kernel.cuh"));
 
 /// How kernels are compiled: its lines that are options.
 const OPTIONS: &str = include_str!("options.txt");
@@ -29,12 +31,13 @@ const SHARED_DEFAULT: u32 = 48 << 10;
 pub struct Kernels {
     name: &'static str,
     source: &'static str,
+    headers: &'static [Header],
 }
 
 impl Kernels {
-    /// Of the file `name.cu`.
-    pub const fn new(name: &'static str, source: &'static str) -> Self {
-        Kernels { name, source }
+    /// Of the file `name.cu`, which includes `headers` beside kernel.cuh.
+    pub const fn new(name: &'static str, source: &'static str, headers: &'static [Header]) -> Self {
+        Kernels { name, source, headers }
     }
 
     /// The file's name without its ending.
@@ -180,6 +183,12 @@ struct Program {
     architecture: String,
 }
 
+impl Program {
+    fn headers(&self) -> impl Iterator<Item = &'static Header> {
+        std::iter::once(&HEADER).chain(self.kernels.headers)
+    }
+}
+
 impl Compiler {
     fn find() -> Result<Self> {
         // SAFETY: opens and closes the library, whose initialisers may run.
@@ -220,13 +229,21 @@ impl Compiler {
     fn key(&self, program: &Program) -> Vec<u8> {
         let (major, minor) = self.version;
         let about = format!("{major}.{minor} {} {OPTIONS:?} {}", program.architecture, program.kernels.name);
-        [about.as_bytes(), HEADER.as_bytes(), program.kernels.source.as_bytes()].join(&0)
+        let mut parts = vec![about.as_bytes(), program.kernels.source.as_bytes()];
+        parts.extend(program.headers().map(|(_, text)| text.as_bytes()));
+        parts.join(&0)
     }
 
     fn compile(&self, program: &Program) -> Result<Vec<u8>> {
         let text =
             |text: &str| CString::new(text).map_err(|_| Error::internal("a kernel's source", "a NUL byte"));
-        let (source, header) = (text(program.kernels.source)?, text(HEADER)?);
+        let source = text(program.kernels.source)?;
+        let headers = program
+            .headers()
+            .map(|(name, body)| Ok((text(name)?, text(body)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let (names, bodies): (Vec<_>, Vec<_>) =
+            headers.iter().map(|(name, body)| (name.as_ptr(), body.as_ptr())).unzip();
         let name = text(&format!("{}.cu", program.kernels.name))?;
         let architecture = format!("--gpu-architecture={}", program.architecture);
         let options = OPTIONS.lines().filter(|line| line.starts_with("--")).chain([architecture.as_str()]);
@@ -235,13 +252,12 @@ impl Compiler {
         let mut raw = std::ptr::null_mut();
         // SAFETY: all texts outlive the calls.
         let created = unsafe {
-            let (headers, names) = ([header.as_ptr()], [HEADER_NAME.as_ptr()]);
             nvrtc::nvrtcCreateProgram(
                 &mut raw,
                 source.as_ptr(),
                 name.as_ptr(),
-                1,
-                headers.as_ptr(),
+                headers.len() as i32,
+                bodies.as_ptr(),
                 names.as_ptr(),
             )
         };

@@ -82,6 +82,18 @@ template <class T, int N> __device__ __forceinline__ Pack<T, N> load_pack(const 
     return *reinterpret_cast<const Pack<T, N> *>(p);
 }
 
+// N neighbouring floats: one, or a multiple of four that is aligned to 16 bytes.
+template <int N> __device__ __forceinline__ void load_floats(const float *p, float (&v)[N]) {
+    if constexpr (N == 1) {
+        v[0] = *p;
+    } else {
+        for (int i = 0; i < N; i += 4) {
+            Pack<float, 4> four = load_pack<float, 4>(p + i);
+            for (int j = 0; j < 4; j++) v[i + j] = four.at[j];
+        }
+    }
+}
+
 template <class T, int N> __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &v) {
     *reinterpret_cast<Pack<T, N> *>(p) = v;
 }
@@ -108,6 +120,11 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+__device__ __forceinline__ double warp_sum(double x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
 __device__ __forceinline__ float warp_max(float x) {
     for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
@@ -124,21 +141,6 @@ __device__ __forceinline__ float block_sum(float x, float *scratch) {
     return warp_sum(x);
 }
 
-__device__ __forceinline__ float block_max(float x, float *scratch) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    x = warp_max(x);
-    if (lane == 0) scratch[warp] = x;
-    __syncthreads();
-    x = lane < warps ? scratch[lane] : -INFINITY_F;
-    return warp_max(x);
-}
-
-// The same in double, for sums of many small terms; `scratch` holds 32 doubles.
-__device__ __forceinline__ double warp_sum(double x) {
-    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-    return x;
-}
-
 __device__ __forceinline__ double block_sum(double x, double *scratch) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     x = warp_sum(x);
@@ -146,6 +148,15 @@ __device__ __forceinline__ double block_sum(double x, double *scratch) {
     __syncthreads();
     x = lane < warps ? scratch[lane] : 0.0;
     return warp_sum(x);
+}
+
+__device__ __forceinline__ float block_max(float x, float *scratch) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = warp_max(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    x = lane < warps ? scratch[lane] : -INFINITY_F;
+    return warp_max(x);
 }
 
 // --- Random numbers: the bits of src/tensor/rng, whose arithmetic in double is rounded after each operation ---------

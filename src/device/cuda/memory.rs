@@ -184,6 +184,11 @@ impl Memory {
         self.block.address
     }
 
+    /// Whether it came from `arena`.
+    pub(super) fn is_of(&self, arena: &Arc<Arena>) -> bool {
+        Arc::ptr_eq(&self.arena, arena)
+    }
+
     /// How many bytes were asked for.
     pub fn bytes(&self) -> usize {
         self.bytes

@@ -60,11 +60,15 @@ impl Precision {
     }
 }
 
-/// Defines the kernels of one source file, which stands beside the op: `kernels!(KERNELS, "layer_norm")`.
+/// Defines the kernels of one source file, which stands beside the op: `kernels!(KERNELS, "layer_norm")`. The names of
+/// headers that stand there too follow.
 macro_rules! kernels {
-    ($name:ident, $file:literal) => {
-        static $name: $crate::device::cuda::Kernels =
-            $crate::device::cuda::Kernels::new($file, include_str!(concat!($file, ".cu")));
+    ($name:ident, $file:literal $(, $header:literal)*) => {
+        static $name: $crate::device::cuda::Kernels = $crate::device::cuda::Kernels::new(
+            $file,
+            include_str!(concat!($file, ".cu")),
+            &[$(($header, include_str!($header))),*],
+        );
     };
 }
 pub(crate) use kernels;

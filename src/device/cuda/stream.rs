@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys;
 
+use super::gemm::Products;
 use super::gpu::{Gpu, lock};
 use super::memory::{Arena, Handle, Memory, Taken};
 use super::{Kernels, Precision};
@@ -67,6 +68,7 @@ pub struct Stream {
     /// What a recorded step uses, while it is recorded.
     recording: Mutex<Option<Vec<Taken>>>,
     constants: Mutex<HashMap<Box<[u8]>, Taken>>,
+    products: Products,
     launches: AtomicU64,
     downloads: AtomicU64,
 }
@@ -118,6 +120,7 @@ impl Stream {
             handle,
             recording: Mutex::default(),
             constants: Mutex::default(),
+            products: Products::default(),
             launches: AtomicU64::new(0),
             downloads: AtomicU64::new(0),
         })
@@ -139,6 +142,10 @@ impl Stream {
     pub fn take(&self, what: &str, bytes: usize) -> Result<Memory> {
         let arena = lock(&self.arena).clone();
         arena.take(what, bytes, self.is_recording())
+    }
+
+    pub(super) fn products(&self) -> &Products {
+        &self.products
     }
 
     /// Takes memory from `arena` from now on; gives the one before.
@@ -188,7 +195,7 @@ impl Stream {
         for (address, parameter) in addresses.iter_mut().zip(parameters) {
             *address = (std::ptr::from_ref(*parameter)).cast_mut().cast();
         }
-        self.launches.fetch_add(1, Ordering::Relaxed);
+        self.count_launch();
         let (grid, block) = (launch.grid, launch.block);
         // SAFETY: the function is loaded, the stream alive; the driver copies the parameters before it returns, and
         // they are what the kernel declares by this function's contract.
@@ -325,6 +332,19 @@ impl Stream {
         taken
     }
 
+    /// As [`Stream::using`], for memory of a stream. What a recorded step took itself is the recording's already, and
+    /// goes back when it is dropped, to be used again within the step.
+    #[must_use]
+    pub fn using_part(&self, memory: &Memory, taken: Taken) -> Taken {
+        if memory.is_of(&lock(&self.arena)) { taken } else { self.using(taken) }
+    }
+
+    /// All of some memory, to be used once.
+    #[must_use]
+    pub fn using_memory(&self, memory: Arc<Memory>) -> Taken {
+        self.using_part(&memory, Taken::new(memory.address(), 0, memory.clone()))
+    }
+
     /// Whether launches are recorded and not run.
     pub fn is_recording(&self) -> bool {
         lock(&self.recording).is_some()
@@ -343,6 +363,10 @@ impl Stream {
             false => Ok(()),
             true => Err(Error::internal("a recorded step", what)),
         }
+    }
+
+    pub(super) fn count_launch(&self) {
+        self.launches.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many kernels were launched on it.

@@ -1,19 +1,20 @@
 //! Multi-head attention: softmax(q k^T / sqrt(D)) v ("Attention Is All You Need", equation 1).
 
 mod cpu;
+mod cuda;
 mod gradient;
 #[cfg(test)]
 mod tests;
 
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::tensor::autograd::record;
+use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
 
 /// Some columns of a token sequence: q, k or v inside a fused projection.
 ///
 /// # Shapes
-/// `[N, T, S]` F32; the columns of all heads, head after head, lie from `start` on.
+/// `[N, T, S]` F32, on a GPU of any float type; the columns of all heads, head after head, lie from `start` on.
 #[derive(Debug, Clone, Copy)]
 pub struct Columns<'a> {
     /// The sequence.
@@ -48,11 +49,11 @@ pub enum Mask<'a> {
 /// run through all segments in order.
 ///
 /// # Shapes
-/// q `[N, T, S]` with `width` columns from its start on; D = width / heads; result `[N, T, width]` F32.
+/// q `[N, T, S]` with `width` columns from its start on; D = width / heads; result `[N, T, width]` of q's type.
 ///
 /// # Errors
-/// `InvalidArgument` naming what does not fit (a causal mask needs as many keys as queries); `OutOfMemory`;
-/// `Cancelled`.
+/// `InvalidArgument` naming what does not fit (a causal mask needs as many keys as queries); `Unsupported` on a GPU
+/// for D above 256 or more than 8 segments; `OutOfMemory`; `Cancelled`.
 pub fn attention(
     cx: &Context,
     q: Columns,
@@ -64,37 +65,48 @@ pub fn attention(
     if heads == 0 || !width.is_multiple_of(heads) || width == 0 {
         return Err(Error::argument("attention: heads", format!("a divisor of {width}"), heads));
     }
-    let [samples, queries, _] = q.check("attention: q", width)?;
+    let [samples, queries, _] = q.check(cx, "attention: q", width)?;
     let mut keys = 0;
     for segment in segments {
-        keys += segment.check(width, samples)?;
+        keys += segment.check(cx, width, samples)?;
     }
     if keys == 0 && queries > 0 {
         return Err(Error::argument("attention: keys", "at least one", 0));
     }
     mask.check(samples, queries, keys)?;
-    let mut y = Tensor::new(cx, "attention: result", &[samples, queries, width], DType::F32)?;
     let job = cpu::Job { q, width, heads, segments, mask, samples, queries, keys };
-    job.run(cx, y.slice_mut()?)?;
     let inputs: Vec<Option<&Tensor>> = std::iter::once(&q)
         .chain(segments.iter().flat_map(|segment| [&segment.keys, &segment.values]))
         .map(|columns| Some(columns.tensor))
         .collect();
+    let mut y = Tensor::new(cx, "attention: result", &[samples, queries, width], q.tensor.dtype())?;
+    let mut kept = None;
+    match cx.cuda()? {
+        None => job.run(cx, y.slice_mut()?)?,
+        Some(stream) => {
+            let new = || Tensor::new(cx, "attention: sums", &[samples, heads, queries], DType::F32);
+            let mut logs = records(cx, &inputs).then(new).transpose()?;
+            cuda::attend(cx, stream, &job, &mut y, logs.as_mut())?;
+            kept = logs.map(|logs| gradient::Kept { y: y.clone(), logs });
+        }
+    }
     record(cx, y, &inputs, || {
-        let backward = gradient::Backward::new(&job);
+        let backward = gradient::Backward::new(&job, kept);
         move |cx, flow| backward.run(cx, flow)
     })
 }
 
 impl<'a> Columns<'a> {
-    fn check(&self, what: &str, width: usize) -> Result<[usize; 3]> {
+    fn check(&self, cx: &Context, what: &str, width: usize) -> Result<[usize; 3]> {
         let dims @ [_, _, columns] = self.tensor.dims_of(what)?;
         if self.start.checked_add(width).is_none_or(|end| end > columns) {
             let expected = format!("{width} columns from column {}", self.start);
             return Err(Error::argument(what, expected, self.tensor.shape()));
         }
-        self.tensor.slice::<f32>()?;
-        Ok(dims)
+        match cx.cuda()? {
+            None => self.tensor.slice::<f32>().map(|_| dims),
+            Some(_) => self.tensor.precision(what).map(|_| dims),
+        }
     }
 
     /// Entry `n` from column `start + offset` on, and the distance between tokens.
@@ -106,9 +118,9 @@ impl<'a> Columns<'a> {
 }
 
 impl KeyValues<'_> {
-    fn check(&self, width: usize, samples: usize) -> Result<usize> {
-        let [n, tokens, _] = self.keys.check("attention: keys", width)?;
-        let values = self.values.check("attention: values", width)?;
+    fn check(&self, cx: &Context, width: usize, samples: usize) -> Result<usize> {
+        let [n, tokens, _] = self.keys.check(cx, "attention: keys", width)?;
+        let values = self.values.check(cx, "attention: values", width)?;
         if values[..2] != [n, tokens] {
             let found = self.values.tensor.shape();
             return Err(Error::argument("attention: values", format!("[{n}, {tokens}, ..]"), found));

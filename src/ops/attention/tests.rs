@@ -1,5 +1,6 @@
 use super::*;
 use crate::device::Device;
+use crate::device::cuda::Precision;
 use crate::device::simd::{Level, tests::at_level};
 use crate::ops::check;
 use crate::tensor::autograd::{Gradients, Tape, leaf};
@@ -304,4 +305,101 @@ fn a_constant_query_and_constant_keys_cost_and_get_nothing() {
     let sums: Vec<f64> =
         (0..4).map(|c| check::wide(found.get(0).unwrap()).iter().skip(c).step_by(4).sum()).collect();
     assert!(sums.iter().all(|sum| (sum - 3.0).abs() < 1e-5), "{sums:?}");
+}
+
+/// Cases of many tiles for a GPU: heads of several sizes, where 16 bytes at a time can be read and where not.
+fn device_cases() -> Vec<Case<'static>> {
+    let plain = |dims: Vec<[usize; 3]>, q, segments, width, heads| Case {
+        dims,
+        q,
+        segments,
+        width,
+        heads,
+        mask: Mask::None,
+    };
+    let own = |width| ([(0, width), (0, 2 * width)], None);
+    let text = |width, index: &'static [usize]| ([(1, 0), (1, width)], Some(index));
+    vec![
+        plain(vec![[2, 5, 44], [3, 3, 28]], (0, 1), vec![own(14), text(14, &[2, 0])], 14, 2),
+        // Two segments that do not end with a tile, one that is empty.
+        plain(
+            vec![[2, 150, 384], [1, 77, 256], [2, 0, 128]],
+            (0, 0),
+            vec![own(128), ([(2, 0), (2, 0)], None), text(128, &[0, 0])],
+            128,
+            2,
+        ),
+        // Many queries for few keys.
+        plain(vec![[3, 260, 16], [2, 2, 32]], (0, 0), vec![text(16, &[1, 0, 1])], 16, 1),
+        plain(vec![[1, 70, 240]], (0, 0), vec![own(80)], 80, 1),
+        plain(vec![[1, 70, 384]], (0, 0), vec![own(128)], 128, 1),
+        plain(vec![[1, 40, 600]], (0, 0), vec![own(200)], 200, 1),
+        Case { mask: Mask::Causal, ..plain(vec![[1, 130, 120]], (0, 0), vec![own(40)], 40, 1) },
+        Case {
+            mask: Mask::CausalWithLengths(&[77, 3]),
+            ..plain(vec![[2, 77, 384]], (0, 0), vec![own(128)], 128, 2)
+        },
+    ]
+}
+
+#[test]
+fn agrees_on_a_device() {
+    for case in device_cases() {
+        let inputs = case.inputs();
+        let inputs: Vec<&Tensor> = inputs.iter().collect();
+        let tolerances = [(Precision::F32, 1e-5), (Precision::BF16, 2e-2), (Precision::F16, 4e-3)];
+        check::on_device(&inputs, &tolerances, |cx, t| case.run(cx, t));
+    }
+}
+
+/// The gradients of a case under a random gradient of its result, and how often the host read them or what led to them.
+fn gradients_on(cx: &Context, case: &Case) -> (Vec<Tensor>, u64) {
+    let inputs = case.inputs();
+    let tape = Tape::new();
+    let leaves: Vec<Tensor> = inputs.iter().enumerate().map(|(i, x)| leaf(&check::moved(cx, x), i)).collect();
+    let [samples, queries, _] = case.dims[case.q.0];
+    let seed = check::moved(cx, &check::random(&[samples, queries, case.width], 5));
+    let downloads = || cx.cuda().unwrap().map_or(0, |stream| stream.downloads());
+    let before = downloads();
+    let y = case.run(&tape.attach(cx), &leaves).unwrap();
+    let mut found = Gradients::default();
+    tape.backward(cx, &[(&y, seed)], &mut found).unwrap();
+    let after = downloads();
+    ((0..inputs.len()).map(|i| found.take(i).unwrap()).collect(), after - before)
+}
+
+#[test]
+fn gradients_agree_on_a_device() {
+    let Some(cx) = check::cuda(Precision::F32) else { return };
+    for case in device_cases() {
+        let (here, _) = gradients_on(&check::cx(), &case);
+        let (there, _) = gradients_on(&cx, &case);
+        for (here, there) in here.iter().zip(&there) {
+            check::close(there, here.dims(), &check::wide(here), 1e-5);
+        }
+    }
+    // With tensors of their own nothing is added up beside the op itself.
+    let apart = Case {
+        dims: vec![[2, 40, 24], [1, 9, 24], [1, 9, 24]],
+        q: (0, 0),
+        segments: vec![([(1, 0), (2, 0)], Some(&[0, 0]))],
+        width: 24,
+        heads: 3,
+        mask: Mask::None,
+    };
+    assert_eq!(gradients_on(&cx, &apart).1, 0, "the host read from the device");
+}
+
+#[test]
+fn a_device_names_what_it_cannot() {
+    let Some(cx) = check::cuda(Precision::F32) else { return };
+    let x = tensor(&[1, 2, 257], 1);
+    let c = Columns { tensor: &x, start: 0 };
+    let own = KeyValues { keys: c, values: c, index: None };
+    let named = |width, segments: &[KeyValues], name: &str| {
+        let error = attention(&cx, c, width, 1, segments, Mask::None).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    };
+    named(257, &[own], "heads of 257 channels");
+    named(2, &[own; 9], "at most 8");
 }

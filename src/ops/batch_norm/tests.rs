@@ -1,7 +1,9 @@
 use std::sync::{Barrier, Mutex};
 
 use super::*;
+use crate::device::cuda::Precision;
 use crate::ops::check;
+use crate::tensor::DType;
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 /// The result, the means and the variances.
@@ -37,6 +39,10 @@ fn agrees_with_the_definition() {
         check::close(&found.mean, &dims[3..], &mean, 1e-7);
         check::close(&found.variance, &dims[3..], &variance, 1e-7);
         assert_eq!(found.count, (dims[0] * dims[1] * dims[2]) as u64);
+        let tolerances = [(Precision::F32, 1e-6), (Precision::BF16, 2e-2), (Precision::F16, 4e-3)];
+        check::on_device(&[&x, &weight, &bias], &tolerances, |cx, t| {
+            Ok(batch_norm(cx, &t[0], &BatchNorm { weight: &t[1], bias: &t[2], eps: 1e-5 }, None)?.0)
+        });
     }
     let (cx, ones) = (check::cx(), check::random(&[3], 1));
     let p = BatchNorm { weight: &ones, bias: &ones, eps: 1e-5 };
@@ -53,11 +59,13 @@ fn a_mean_far_from_zero_costs_no_digits() {
     let (one, zero) =
         (Tensor::from_slice(&[2], &[1f32; 2]).unwrap(), Tensor::from_slice(&[2], &[0f32; 2]).unwrap());
     let p = BatchNorm { weight: &one, bias: &zero, eps: 1e-5 };
-    let (y, found) = batch_norm(&check::cx(), &x, &p, None).unwrap();
     let [expected, _, variance] = definition(&check::wide(&x), &[1.0; 2], &[0.0; 2], 1e-5);
-    check::close(&y, x.dims(), &expected, 1e-6);
-    for (found, variance) in check::wide(&found.variance).iter().zip(variance) {
-        assert!((found / variance - 1.0).abs() < 1e-6);
+    for cx in [Some(check::cx()), check::cuda(Precision::F32)].into_iter().flatten() {
+        let (y, found) = batch_norm(&cx, &x, &p, None).unwrap();
+        check::close(&y, x.dims(), &expected, 1e-6);
+        for (found, variance) in check::wide(&found.variance).iter().zip(&variance) {
+            assert!((found / variance - 1.0).abs() < 1e-6);
+        }
     }
 }
 
@@ -74,6 +82,9 @@ fn gradients_are_those_of_the_definition() {
             |cx, x| Ok(batch_norm(cx, &x[0], &BatchNorm { weight: &x[1], bias: &x[2], eps: 0.1 }, None)?.0),
             |x| definition(&x[0], &x[1], &x[2], eps)[0].clone(),
         );
+        check::backward_on_device(&[&x, &weight, &bias], |cx, x| {
+            Ok(batch_norm(cx, &x[0], &BatchNorm { weight: &x[1], bias: &x[2], eps: 0.1 }, None)?.0)
+        });
         // Beside the result also its input, as in a residual block, and constant parameters.
         let p = BatchNorm { weight: &weight, bias: &bias, eps: 0.1 };
         check::gradients(
@@ -129,26 +140,32 @@ impl Reduce for Pair {
 
 /// The result, the statistics and the gradients of x, weight and bias.
 fn run(
-    x: &Tensor,
-    g: &Tensor,
+    cx: &Context,
+    [x, g]: [&Tensor; 2],
     parameters: [&Tensor; 2],
     reduce: Option<&Arc<dyn Reduce>>,
 ) -> (Tensor, Statistics, [Tensor; 3]) {
-    let (cx, tape) = (check::cx(), Tape::new());
+    let tape = Tape::new();
     let [weight, bias] = [leaf(parameters[0], 1), leaf(parameters[1], 2)];
     let p = BatchNorm { weight: &weight, bias: &bias, eps: 1e-3 };
-    let (y, statistics) = batch_norm(&tape.attach(&cx), &leaf(x, 0), &p, reduce).unwrap();
+    let (y, statistics) = batch_norm(&tape.attach(cx), &leaf(x, 0), &p, reduce).unwrap();
     let mut found = Gradients::default();
-    tape.backward(&cx, &[(&y, g.clone())], &mut found).unwrap();
+    tape.backward(cx, &[(&y, g.clone())], &mut found).unwrap();
     (y, statistics, [0, 1, 2].map(|i| found.take(i).unwrap()))
 }
 
 #[test]
 fn two_processes_give_the_result_and_gradients_of_the_whole_batch() {
+    two_processes(|| Some(check::cx()));
+    two_processes(|| check::cuda(Precision::F32));
+}
+
+fn two_processes(device: fn() -> Option<Context>) {
+    let Some(cx) = device() else { return };
     let dims = [5usize, 3, 4, 7];
     let (x, g) = (check::random(&dims, 1), check::random(&dims, 2));
     let [weight, bias] = [3, 4].map(|seed| check::random(&dims[3..], seed));
-    let (y, statistics, [of_x, of_weight, of_bias]) = run(&x, &g, [&weight, &bias], None);
+    let (y, statistics, [of_x, of_weight, of_bias]) = run(&cx, [&x, &g], [&weight, &bias], None);
     let shared = Arc::new((Mutex::new(Vec::new()), Barrier::new(2)));
     let halves = std::thread::scope(|scope| {
         let start = |rank: usize| {
@@ -157,7 +174,7 @@ fn two_processes_give_the_result_and_gradients_of_the_whole_batch() {
             let (x, g) = (x.narrow(first, count).unwrap(), g.narrow(first, count).unwrap());
             let reduce: Arc<dyn Reduce> = Arc::new(Pair { rank, sums: shared.clone() });
             let (weight, bias) = (&weight, &bias);
-            scope.spawn(move || run(&x, &g, [weight, bias], Some(&reduce)))
+            scope.spawn(move || run(&device().unwrap(), [&x, &g], [weight, bias], Some(&reduce)))
         };
         [start(0), start(1)].map(|thread| thread.join().unwrap())
     });

@@ -1,7 +1,7 @@
 //! Gradients of the dense convolution: that of its input is a transposed convolution, that of its weight a product of
 //! the patches, which are gathered anew.
 
-use super::{Conv2d, Sizes, compute, cpu, fill_patches};
+use super::{Conv2d, Sizes, compute, cpu, cuda, fill_patches};
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::conv_transpose2d::gradient::of_convolution;
@@ -59,6 +59,9 @@ pub(crate) fn weight_gradient(cx: &Context, x: &Tensor, dy: &Tensor, sizes: &Siz
     let (Sizes { inputs, outputs, kernel: [kh, kw], .. }, inner) = (*sizes, sizes.patch());
     if sizes.is_pointwise() {
         return products::weight_gradient(cx, x, dy, RowsAreOutputs)?.reshape(&[outputs, inputs, kh, kw]);
+    }
+    if let Some(stream) = cx.cuda()? {
+        return cuda::weight_gradient(cx, stream, x, dy, sizes);
     }
     let (input, dy) = (x.slice::<f32>()?, dy.slice::<f32>()?);
     let pixels = dy.len().checked_div(outputs).unwrap_or(0);
@@ -132,6 +135,12 @@ mod tests {
                     Epilogue { bias: Some(&t[2]), gain: 0.5, residual: Some(&t[3]), ..Epilogue::default() };
                 conv2d(cx, &t[0], &Conv2d { weight: &t[1], stride, padding, epilogue })
             };
+            if !sizes.is_pointwise() {
+                check::backward_on_device(&[&inputs[0], &inputs[1]], |cx, t| {
+                    let epilogue = Epilogue::default();
+                    conv2d(cx, &t[0], &Conv2d { weight: &t[1], stride, padding, epilogue })
+                });
+            }
             check::gradients(&inputs, op, |v| {
                 let element = |(i, y): (usize, &f64)| 0.5 * (y + v[2][i % o]) + v[3][i];
                 naive(&sizes, &v[0], &v[1]).iter().enumerate().map(element).collect()

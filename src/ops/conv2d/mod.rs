@@ -1,6 +1,8 @@
 //! Dense convolution: patches gathered into rows, then a matrix product, some rows at a time.
 
 mod cpu;
+mod cuda;
+mod follow;
 pub(crate) mod gradient;
 
 use crate::device::Context;
@@ -10,6 +12,7 @@ use crate::ops::kernels;
 pub use crate::ops::linear::Epilogue;
 use crate::ops::linear::{Rows, gradient as products, product};
 use crate::tensor::{DType, Tensor};
+pub(crate) use cuda::order;
 
 /// Numbers of gathered patches that are held at a time: 4 MiB.
 const SCRATCH_ELEMENTS: usize = 1 << 20;
@@ -31,7 +34,7 @@ pub struct Conv2d<'a> {
 /// outside the image.
 ///
 /// # Shapes
-/// `x` `[N, H, W, I]`; the result `[N, (H+2p-kh)/s + 1, (W+2p-kw)/s + 1, O]`.
+/// `x` `[N, H, W, I]`; the result `[N, (H+2p-kh)/s + 1, (W+2p-kw)/s + 1, O]`, on a GPU of the type of activations.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together, the kernel is larger than the padded image or the stride is 0.
@@ -50,6 +53,9 @@ pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
 
 /// [`conv2d`] without a tape.
 fn compute(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue, sizes: &Sizes) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::compute(cx, stream, x, weight, epilogue, sizes);
+    }
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     let per_sample = sizes.out_height * sizes.out_width;
     let input = x.slice::<f32>()?;
@@ -153,6 +159,7 @@ fn reorder(cx: &Context, weight: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::activation::Activation;
     use crate::ops::check;
 
@@ -205,6 +212,17 @@ mod tests {
             let y = check::on_batch(&x, |cx, x, _, _| conv2d(cx, x, &p));
             check::close(&y, &out_dims, &expected, 2e-6);
             let residual = check::random(&out_dims, 4);
+            let tolerances = [(Precision::F32, 1e-5), (Precision::BF16, 2e-2), (Precision::F16, 4e-3)];
+            check::on_device(&[&x, &weight, &bias, &residual], &tolerances, |cx, t| {
+                let epilogue = Epilogue {
+                    bias: Some(&t[2]),
+                    activation: Activation::Silu,
+                    gain: 0.5,
+                    residual: Some(&t[3]),
+                    ..Epilogue::default()
+                };
+                conv2d(cx, &t[0], &Conv2d { weight: &t[1], epilogue, ..p })
+            });
             let epilogue =
                 Epilogue { activation: Activation::Silu, gain: 0.5, residual: Some(&residual), ..p.epilogue };
             let y = check::on_threads(|cx| conv2d(cx, &x, &Conv2d { epilogue, ..p }));
@@ -214,6 +232,35 @@ mod tests {
                 .map(|(&v, r)| r + 0.5 * check::activation(Activation::Silu, v))
                 .collect();
             check::close(&y, &out_dims, &expected, 2e-6);
+        }
+    }
+
+    #[test]
+    fn samples_have_modulations_of_their_own() {
+        // More pixels than one product takes on a GPU, and several samples in one.
+        for (side, kernel) in [(40, 3), (3, 3), (3, 1)] {
+            let (x, weight) =
+                (check::random(&[3, side, side, 5], 1), check::random(&[6, 5, kernel, kernel], 2));
+            let (scale, modulation) = (check::random(&[6], 3), check::random(&[3, 12], 4));
+            let plain =
+                Conv2d { weight: &weight, stride: 1, padding: kernel / 2, epilogue: Epilogue::default() };
+            let (dims, sums) = naive(&x, &plain, &[0.0; 6]);
+            let (s, m) = (check::wide(&scale), check::wide(&modulation));
+            let modulated = |(i, v): (usize, &f64)| {
+                let (o, n) = (i % 6, i / 6 / side / side);
+                v * s[o] * (1.0 + m[n * 12 + o]) + m[n * 12 + 6 + o]
+            };
+            let expected: Vec<f64> = sums.iter().enumerate().map(modulated).collect();
+            let op = |cx: &Context, x: &Tensor, scale: &Tensor, modulation: &Tensor| {
+                let epilogue = Epilogue {
+                    channel_scale: Some(scale),
+                    modulation: Some(modulation),
+                    ..Epilogue::default()
+                };
+                conv2d(cx, x, &Conv2d { epilogue, ..plain })
+            };
+            let y = check::on_threads(|cx| op(cx, &x, &scale, &modulation));
+            check::close(&y, &dims, &expected, 2e-6);
         }
     }
 

@@ -107,6 +107,7 @@ mod tests {
             let op = |cx: &Context, t: &[Tensor]| {
                 conv_transpose2d(cx, &t[0], &ConvTranspose2d { weight: &t[1], bias: None, stride, padding })
             };
+            check::backward_on_device(&[&inputs[0], &inputs[1]], op);
             check::gradients(&inputs[..2], op, |v| naive(&sizes, &v[0], &v[1], &vec![0.0; o]));
         }
     }

@@ -2,6 +2,7 @@
 //! same taps, so each of the s x s phases is a small dense convolution (the 4 x 4 stride 2 one: four of 2 x 2).
 
 mod cpu;
+mod cuda;
 pub(crate) mod gradient;
 
 use crate::device::Context;
@@ -32,7 +33,8 @@ pub struct ConvTranspose2d<'a> {
 /// `b*s + v - p = j`.
 ///
 /// # Shapes
-/// `x` `[N, H, W, I]`; the result `[N, (H-1)s - 2p + kh, (W-1)s - 2p + kw, O]`.
+/// `x` `[N, H, W, I]`; the result `[N, (H-1)s - 2p + kh, (W-1)s - 2p + kw, O]`, on a GPU of the type of
+/// activations.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together, the stride is 0 or larger than the kernel, or nothing is
@@ -53,6 +55,9 @@ fn compute(
     bias: Option<&Tensor>,
     sizes: &Sizes,
 ) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::compute(cx, stream, x, weight, bias, sizes);
+    }
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     let input = x.slice::<f32>()?;
     let weights = reorder(cx, weight, sizes)?;
@@ -205,6 +210,7 @@ fn reorder(cx: &Context, weight: &Tensor, sizes: &Sizes) -> Result<Vec<Tensor>> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     fn naive(x: &Tensor, p: &ConvTranspose2d) -> (Vec<usize>, Vec<f64>) {
@@ -249,6 +255,11 @@ mod tests {
                 let y = check::on_batch(&x, |cx, x, _, _| conv_transpose2d(cx, x, &p));
                 check::close(&y, &out_dims, &expected, 2e-6);
             }
+            let tolerances = [(Precision::F32, 1e-5), (Precision::BF16, 2e-2), (Precision::F16, 4e-3)];
+            check::on_device(&[&x, &weight, &bias], &tolerances, |cx, t| {
+                let p = ConvTranspose2d { weight: &t[1], bias: Some(&t[2]), stride, padding };
+                conv_transpose2d(cx, &t[0], &p)
+            });
         }
     }
 

@@ -134,7 +134,9 @@ template <class T, int G> __device__ __forceinline__ void three(const Convolutio
     }
     if (p.then == THEN_LAYER_NORM) normalize<N>(sums, has_channels, p.channels, p.number, scratch);
     if (!has_channels) return;
-    for (int i = 0; i < PIXELS && column + i < p.out_width; i++) {
+#pragma unroll
+    for (int i = 0; i < PIXELS; i++) {
+        if (column + i >= p.out_width) break;
         i64 at = ((i64)row * p.out_width + column + i) * p.channels + c;
         Pack<T, N> out;
         for (int n = 0; n < N; n++) out.at[n] = from_float<T>(follow<T>(p, sums[i][n], at + n, c + n));
@@ -142,8 +144,12 @@ template <class T, int G> __device__ __forceinline__ void three(const Convolutio
     }
 }
 
-// hot: depthwise_three
-// hot: depthwise_three_pairs
+// hot: depthwise_three_f32
+// hot: depthwise_three_f16
+// hot: depthwise_three_bf16
+// hot: depthwise_three_pairs_f32
+// hot: depthwise_three_pairs_f16
+// hot: depthwise_three_pairs_bf16
 #define DEPTHWISE_THREE(T, suffix)                                                                                     \
     extern "C" __global__ void __launch_bounds__(MOST_THREADS) depthwise_three_##suffix(Convolution p) {               \
         three<T, 1>(p);                                                                                                \

@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::cuda::Precision;
 use crate::device::simd::{Level, tests::at_level};
 use crate::ops::check;
 
@@ -261,5 +262,51 @@ fn the_bits_of_gradients_do_not_depend_on_threads() {
         case([2, 20, 30, 270], 0, 270, 5, 2, Padding::Zero),
     ] {
         check::gradients_on_threads(&inputs(&case), |cx, t| of_all(cx, &case, t, Then::None));
+    }
+}
+
+/// Cases for every kernel of a GPU: packs of channels or not, pairs, and more channels than a block holds.
+fn cases_of_packs() -> Vec<Case> {
+    use Padding::{Replicate, Zero};
+    vec![
+        case([2, 3, 7, 40], 0, 40, 3, 1, Zero),
+        case([1, 5, 4, 264], 0, 264, 3, 1, Replicate),
+        case([2, 2, 9, 48], 48, 48, 3, 1, Zero),
+        case([1, 3, 5, 16], 48, 32, 3, 1, Replicate),
+        case([1, 1, 5, 2064], 0, 2064, 3, 1, Zero),
+        case([1, 1, 3, 1032], 1032, 1032, 3, 1, Zero),
+        case([1, 1, 1, 8], 0, 8, 3, 1, Zero),
+        case([1, 5, 6, 33], 33, 33, 3, 1, Replicate),
+        case([1, 6, 9, 200], 0, 200, 5, 2, Zero),
+        case([1, 4, 9, 10], 20, 10, 7, 1, Replicate),
+    ]
+}
+
+#[test]
+fn a_gpu_agrees() {
+    const TOLERANCES: [(Precision, f64); 3] =
+        [(Precision::F32, 2e-6), (Precision::BF16, 2e-2), (Precision::F16, 3e-3)];
+    for case in cases_of_packs() {
+        let all = inputs(&case);
+        let mut with = all.clone();
+        let dims = naive(&case).0;
+        with.extend([check::random(&dims, 5), check::random(&[1], 6)]);
+        with.extend([check::random(&[dims[3]], 7), check::random(&[dims[3]], 8)]);
+        let count = all.len();
+        let with: Vec<&Tensor> = with.iter().collect();
+        check::on_device(&with[..count], &TOLERANCES, |cx, t| of_all(cx, &case, t, Then::None));
+        check::on_device(&with[..count], &TOLERANCES, |cx, t| {
+            of_all(cx, &case, t, Then::LayerNorm { eps: 1e-3 })
+        });
+        check::on_device(&with, &TOLERANCES, |cx, t| {
+            of_all(cx, &case, t, Then::ScaledResidual { gain: &t[count + 1], residual: &t[count] })
+        });
+        check::on_device(&with, &TOLERANCES, |cx, t| {
+            let (scale, shift) = (&t[count + 2], &t[count + 3]);
+            of_all(cx, &case, t, Then::ChannelAffine { scale, shift, activation: Activation::Silu })
+        });
+        if dims[3] < 1000 {
+            check::gradients_on_device(&all, |cx, t| of_all(cx, &case, t, Then::LayerNorm { eps: 1e-3 }));
+        }
     }
 }

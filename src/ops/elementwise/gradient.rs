@@ -1,11 +1,11 @@
 //! Gradients of the pointwise ops. Sums over rows are those of `ops::reduce`.
 
-use super::{CHUNK, Rows};
+use super::{CHUNK, Rows, cuda};
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::activation::Activation;
-use crate::ops::kernels;
 use crate::ops::reduce::{Columns, Terms};
+use crate::ops::{kernels, sums};
 use crate::tensor::autograd::{Flow, Tracked};
 use crate::tensor::{DType, Tensor};
 
@@ -17,6 +17,9 @@ pub(super) fn activate(
 ) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
     move |cx, flow| {
         flow.give(cx, to, |g| {
+            if let Some(stream) = cx.cuda()? {
+                return cuda::activate_gradient(cx, stream, (&input, g), activation);
+            }
             let input = input.slice::<f32>()?;
             kernels::in_place(cx, "gradient of an activation", g.clone(), CHUNK, |i, part| {
                 activation.gradient(&input[i * CHUNK..][..part.len()], part);
@@ -32,7 +35,11 @@ pub(super) fn add_rows(x: &Tensor, rows: &Tensor) -> impl FnOnce(&Context, &mut 
     move |cx, flow| {
         flow.give(cx, to_x, |g| Ok(g.clone()))?;
         flow.give(cx, to_rows, |g| {
-            columns.sums(cx, Terms::Values(g.slice()?))?.tensor(cx, "gradient of rows", &[0])
+            if let Some(stream) = cx.cuda()? {
+                let g = g.reshape(&[columns.rows, columns.channels])?;
+                return sums::columns_on(cx, stream, "gradient of rows", &g);
+            }
+            columns.sums(cx, Terms::Values(g))?.tensor(cx, "gradient of rows", &[0])
         })
     }
 }
@@ -41,7 +48,7 @@ pub(super) fn add_rows(x: &Tensor, rows: &Tensor) -> impl FnOnce(&Context, &mut 
 pub(super) struct Affine {
     pub rows: Rows,
     pub to_x: Option<Tracked>,
-    /// `F32`.
+    /// `F32`; on a GPU of any float type.
     pub scale: Tensor,
     pub to_scale: Option<Tracked>,
     pub to_shift: Option<Tracked>,
@@ -52,24 +59,41 @@ pub(super) struct Affine {
 impl Affine {
     pub fn backward(self) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
         move |cx, flow| {
-            let scale = self.scale.slice()?;
-            flow.give(cx, self.to_x, |g| self.rows.scale(cx, g.clone(), scale))?;
-            let columns = self.rows.columns(self.scale.elements());
-            let sums = |cx, g: &Tensor| match &self.input {
-                Some(x) if self.to_shift.is_some() => {
-                    columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, x.slice()?))
-                }
-                Some(x) => columns.sums(cx, Terms::Products(g.slice()?, x.slice()?)),
-                None => columns.sums(cx, Terms::Values(g.slice()?)),
-            };
+            flow.give(cx, self.to_x, |g| self.rows.scale(cx, g.clone(), &self.scale))?;
             if self.to_scale.is_none() && self.to_shift.is_none() {
                 return Ok(());
             }
-            let sums = sums(cx, flow.gradient())?;
+            if cx.cuda()?.is_some() {
+                return self.of_parameters_on(cx, flow);
+            }
+            let g = flow.gradient();
+            let terms = match &self.input {
+                Some(x) if self.to_shift.is_some() => Terms::ValuesAndProducts(g, x),
+                Some(x) => Terms::Products(g, x),
+                None => Terms::Values(g),
+            };
+            let sums = self.rows.columns(self.scale.elements()).sums(cx, terms)?;
             let products = usize::from(self.to_shift.is_some());
             flow.give(cx, self.to_scale, |_| sums.tensor(cx, "gradient of a scale", &[products]))?;
             flow.give(cx, self.to_shift, |_| sums.tensor(cx, "gradient of a shift", &[0]))
         }
+    }
+
+    /// The gradients of scale and shift on a GPU.
+    fn of_parameters_on(&self, cx: &Context, flow: &mut Flow) -> Result<()> {
+        let Some(stream) = cx.cuda()? else { return Ok(()) };
+        let columns = self.rows.columns(self.scale.elements());
+        let wanted = match &self.input {
+            Some(x) if self.to_shift.is_some() => cuda::Wanted::ProductsThenValues(x),
+            Some(x) => cuda::Wanted::Products(x),
+            None => cuda::Wanted::Values,
+        };
+        let groups = columns.groups;
+        let g = flow.gradient().reshape(&[groups * columns.rows, columns.channels])?;
+        let sums = cuda::sums(cx, stream, &g, (groups, columns.rows), wanted)?;
+        let values = if self.input.is_some() { groups } else { 0 };
+        flow.give(cx, self.to_scale, |_| sums.narrow(0, groups))?;
+        flow.give(cx, self.to_shift, |_| sums.narrow(values, groups))
     }
 }
 
@@ -81,11 +105,23 @@ pub(super) fn modulate(
     input: Option<Tensor>,
 ) -> impl FnOnce(&Context, &mut Flow) -> Result<()> {
     move |cx, flow| {
-        flow.give(cx, to, |g| rows.scale(cx, g.clone(), factors(cx, &modulation)?.slice()?))?;
+        if let Some(stream) = cx.cuda()? {
+            flow.give(cx, to, |g| {
+                let parameters = cuda::Parameters::Modulation { values: &modulation, shifted: false };
+                cuda::affine(cx, stream, rows, g.clone(), parameters)
+            })?;
+            let Some(input) = input else { return Ok(()) };
+            return flow.give(cx, modulation.tracked(), |g| {
+                let columns = rows.columns(modulation.elements() / 2);
+                let shape = (columns.groups, columns.rows);
+                cuda::sums(cx, stream, g, shape, cuda::Wanted::Pairs(&input))
+            });
+        }
+        flow.give(cx, to, |g| rows.scale(cx, g.clone(), &factors(cx, &modulation)?))?;
         let Some(input) = input else { return Ok(()) };
         flow.give(cx, modulation.tracked(), |g| {
             let columns = rows.columns(modulation.elements() / 2);
-            let sums = columns.sums(cx, Terms::ValuesAndProducts(g.slice()?, input.slice()?))?;
+            let sums = columns.sums(cx, Terms::ValuesAndProducts(g, &input))?;
             sums.tensor(cx, "gradient of a modulation", &[1, 0])
         })
     }

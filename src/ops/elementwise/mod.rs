@@ -2,6 +2,7 @@
 //!
 //! Those that take a tensor by value work in place when it is the only owner of its memory.
 
+pub(crate) mod cuda;
 mod gradient;
 #[cfg(test)]
 mod tests;
@@ -52,18 +53,27 @@ per_cpu! {
 
 /// `a + b`, of equal shapes.
 ///
+/// # Shapes
+/// `F32`; on a GPU of any float type, and the result of that of `a`.
+///
 /// # Errors
 /// `InvalidArgument` if shapes differ.
 pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if a.dims() != b.dims() {
         return Err(Error::argument("add", format!("the shape {}", a.shape()), b.shape()));
     }
-    let (first, second) = (a.slice::<f32>()?, b.slice::<f32>()?);
-    let mut out = Tensor::new(cx, "sum", a.dims(), DType::F32)?;
-    kernels::parallel_chunks(cx, out.slice_mut()?, CHUNK, |i, part| {
-        let range = i * CHUNK..i * CHUNK + part.len();
-        add_slices(&first[range.clone()], &second[range], part);
-    })?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::add(cx, stream, a, b)?,
+        None => {
+            let (first, second) = (a.slice::<f32>()?, b.slice::<f32>()?);
+            let mut out = Tensor::new(cx, "sum", a.dims(), DType::F32)?;
+            kernels::parallel_chunks(cx, out.slice_mut()?, CHUNK, |i, part| {
+                let range = i * CHUNK..i * CHUNK + part.len();
+                add_slices(&first[range.clone()], &second[range], part);
+            })?;
+            out
+        }
+    };
     record(cx, out, &[Some(a), Some(b)], || {
         let (to_a, to_b) = (a.tracked(), b.tracked());
         move |cx, flow| {
@@ -76,14 +86,53 @@ pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// `activation(x)`.
 ///
 /// # Errors
-/// `InvalidArgument` if `x` is not `F32`.
+/// `InvalidArgument` if `x` is not `F32`, or on a GPU of no float type.
 pub fn activate(cx: &Context, x: Tensor, activation: Activation) -> Result<Tensor> {
     let from_result = activation.differentiates_from_result();
     let input = (!from_result && records(cx, &[Some(&x)])).then(|| x.clone());
-    let out = kernels::in_place(cx, "activation", x, CHUNK, |_, part| activation.apply(part))?;
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::activate(cx, stream, x, activation)?,
+        None => kernels::in_place(cx, "activation", x, CHUNK, |_, part| activation.apply(part))?,
+    };
     let place = out.clone();
     record(cx, out, &[Some(&place)], || {
         gradient::activate(place.tracked(), input.unwrap_or(place.constant()), activation)
+    })
+}
+
+/// The numbers of [`rescale`].
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Rescale {
+    /// Added first.
+    pub summand: f32,
+    /// What the sum is multiplied by.
+    pub factor: f32,
+    /// What the product is divided by.
+    pub divisor: f32,
+}
+
+impl Default for Rescale {
+    fn default() -> Self {
+        Rescale { summand: 0.0, factor: 1.0, divisor: 1.0 }
+    }
+}
+
+/// `(x + summand) * factor / divisor`.
+///
+/// # Errors
+/// `InvalidArgument` if `x` is not `F32`, or on a GPU of no float type.
+pub fn rescale(cx: &Context, x: Tensor, p: Rescale) -> Result<Tensor> {
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::rescale(cx, stream, x, p)?,
+        None => kernels::in_place(cx, "rescaled numbers", x, CHUNK, |_, part| {
+            part.iter_mut().for_each(|v| *v = (*v + p.summand) * p.factor / p.divisor);
+        })?,
+    };
+    let place = out.clone();
+    record(cx, out, &[Some(&place)], || {
+        let to = place.tracked();
+        move |cx, flow| flow.give(cx, to, |g| rescale(cx, g.clone(), Rescale { summand: 0.0, ..p }))
     })
 }
 
@@ -96,9 +145,9 @@ pub fn activate(cx: &Context, x: Tensor, activation: Activation) -> Result<Tenso
 /// `InvalidArgument` if shapes do not fit.
 pub fn scale_channels(cx: &Context, x: Tensor, s: &Tensor) -> Result<Tensor> {
     let rows = Rows::of(&x)?;
-    let scale = kernels::channel_vector(cx, "channel scale", s, rows.samples * rows.channels)?;
+    let scale = channel_vector(cx, "channel scale", s, rows.samples * rows.channels)?;
     let input = records(cx, &[Some(s)]).then(|| x.clone());
-    let out = rows.scale(cx, x, scale.slice()?)?;
+    let out = rows.scale(cx, x, &scale)?;
     let place = out.clone();
     record(cx, out, &[Some(&place), Some(s)], || {
         Affine { rows, to_x: place.tracked(), scale, to_scale: s.tracked(), to_shift: None, input }.backward()
@@ -116,14 +165,22 @@ pub fn affine_channels(cx: &Context, x: Tensor, scale: &Tensor, shift: &Tensor) 
     let rows = Rows::of(&x)?;
     let per_sample = scale.elements() != rows.channels;
     let count = if per_sample { rows.samples * rows.channels } else { rows.channels };
-    let scale = kernels::channel_vector(cx, "channel scale", scale, count)?;
-    let shift = kernels::channel_vector(cx, "channel shift", shift, count)?;
+    let scale = channel_vector(cx, "channel scale", scale, count)?;
+    let shift = channel_vector(cx, "channel shift", shift, count)?;
     let input = records(cx, &[Some(&scale)]).then(|| x.clone());
-    let (scales, shifts) = (scale.slice::<f32>()?, shift.slice::<f32>()?);
-    let out = rows.apply(cx, x, |row, n| {
-        let first = if per_sample { n * rows.channels } else { 0 };
-        affine_slice(row, &scales[first..][..rows.channels], &shifts[first..][..rows.channels]);
-    })?;
+    let out = match cx.cuda()? {
+        Some(stream) => {
+            let parameters = cuda::Parameters::Apart { scale: Some(&scale), shift: Some(&shift) };
+            cuda::affine(cx, stream, rows, x, parameters)?
+        }
+        None => {
+            let (scales, shifts) = (scale.slice::<f32>()?, shift.slice::<f32>()?);
+            rows.apply(cx, x, |row, n| {
+                let first = if per_sample { n * rows.channels } else { 0 };
+                affine_slice(row, &scales[first..][..rows.channels], &shifts[first..][..rows.channels]);
+            })?
+        }
+    };
     let place = out.clone();
     record(cx, out, &[Some(&place), Some(&scale), Some(&shift)], || {
         let (to_scale, to_shift) = (scale.tracked(), shift.tracked());
@@ -134,7 +191,7 @@ pub fn affine_channels(cx: &Context, x: Tensor, scale: &Tensor, shift: &Tensor) 
 /// `x[n, .., c] * (1 + a[n, c]) + b[n, c]`: what a TimestepBlock does.
 ///
 /// # Shapes
-/// `x` `[N, .., C]`; `modulation` `F32 [N or 1, 2 C]`, a then b.
+/// `x` `[N, .., C]`; `modulation` `F32 [N or 1, 2 C]`, a then b; on a GPU both of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
@@ -146,12 +203,20 @@ pub fn modulate(cx: &Context, x: Tensor, modulation: &Tensor) -> Result<Tensor> 
         let expected = format!("[{} or 1, {}]", rows.samples, 2 * channels);
         return Err(Error::argument("modulation", expected, modulation.shape()));
     }
-    let values = modulation.slice::<f32>()?;
     let input = records(cx, &[Some(modulation)]).then(|| x.clone());
-    let out = rows.apply(cx, x, |row, n| {
-        let (a, b) = values[n.min(entries - 1) * 2 * channels..][..2 * channels].split_at(channels);
-        crate::ops::linear::modulate(row, a, b);
-    })?;
+    let out = match cx.cuda()? {
+        Some(stream) => {
+            let parameters = cuda::Parameters::Modulation { values: modulation, shifted: true };
+            cuda::affine(cx, stream, rows, x, parameters)?
+        }
+        None => {
+            let values = modulation.slice::<f32>()?;
+            rows.apply(cx, x, |row, n| {
+                let (a, b) = values[n.min(entries - 1) * 2 * channels..][..2 * channels].split_at(channels);
+                crate::ops::linear::modulate(row, a, b);
+            })?
+        }
+    };
     let place = out.clone();
     record(cx, out, &[Some(&place), Some(modulation)], || {
         gradient::modulate(rows, place.tracked(), modulation.clone(), input)
@@ -169,13 +234,30 @@ pub fn add_rows(cx: &Context, x: Tensor, rows: &Tensor) -> Result<Tensor> {
     if x.dims().get(1..) != Some(rows.dims()) {
         return Err(Error::argument("added rows", format!("[T, C] of {}", x.shape()), rows.shape()));
     }
-    let table = kernels::widened(cx, "added rows", rows)?;
-    let table = table.slice::<f32>()?;
-    let out = kernels::in_place(cx, "added rows", x, table.len(), |_, part| {
-        part.iter_mut().zip(table).for_each(|(v, row)| *v += row);
-    })?;
+    let out = match cx.cuda()? {
+        Some(stream) => {
+            let whole = Rows { samples: 1, per_sample: x.dims()[0], channels: rows.elements() };
+            let parameters = cuda::Parameters::Apart { scale: None, shift: Some(rows) };
+            cuda::affine(cx, stream, whole, x, parameters)?
+        }
+        None => {
+            let table = kernels::widened(cx, "added rows", rows)?;
+            let table = table.slice::<f32>()?;
+            kernels::in_place(cx, "added rows", x, table.len(), |_, part| {
+                part.iter_mut().zip(table).for_each(|(v, row)| *v += row);
+            })?
+        }
+    };
     let place = out.clone();
     record(cx, out, &[Some(&place), Some(rows)], || gradient::add_rows(&place, rows))
+}
+
+/// A float vector of `count` elements: on the CPU as `F32`, on a GPU as it is, since its kernels convert it.
+fn channel_vector(cx: &Context, what: &'static str, v: &Tensor, count: usize) -> Result<Tensor> {
+    match cx.cuda()? {
+        Some(_) if v.elements() == count => Ok(v.clone()),
+        _ => kernels::channel_vector(cx, what, v, count),
+    }
 }
 
 /// A tensor `[N, .., C]` as rows of C.
@@ -197,7 +279,12 @@ impl Rows {
     }
 
     /// `x[n, .., c] * scale[n, c]`, or `scale[c]` if there are no more.
-    fn scale(&self, cx: &Context, x: Tensor, scale: &[f32]) -> Result<Tensor> {
+    fn scale(&self, cx: &Context, x: Tensor, scale: &Tensor) -> Result<Tensor> {
+        if let Some(stream) = cx.cuda()? {
+            let parameters = cuda::Parameters::Apart { scale: Some(scale), shift: None };
+            return cuda::affine(cx, stream, *self, x, parameters);
+        }
+        let scale = scale.slice::<f32>()?;
         let of_sample = if scale.len() == self.channels { 0 } else { self.channels };
         self.apply(cx, x, |row, n| scale_slice(row, &scale[n * of_sample..][..self.channels]))
     }

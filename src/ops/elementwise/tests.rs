@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::cuda::Precision;
 use crate::ops::check;
 
 const SHAPES: [[usize; 4]; 4] = [[1, 1, 1, 1], [3, 5, 7, 33], [2, 1, 90, 200], [2, 130, 130, 3]];
@@ -48,6 +49,92 @@ fn channels() {
     let address = x.bytes().unwrap().as_ptr();
     let y = scale_channels(&cx, x, &check::random(&[2, 4], 1)).unwrap();
     assert_eq!(y.bytes().unwrap().as_ptr(), address);
+}
+
+const HALVES: [(Precision, f64); 3] =
+    [(Precision::F32, 1e-6), (Precision::BF16, 1e-2), (Precision::F16, 2e-3)];
+
+#[test]
+fn on_a_gpu() {
+    for dims in [[1usize, 1, 1, 1], [3, 5, 7, 33], [2, 3, 90, 200], [5, 1, 1, 8], [2, 60, 30, 3]] {
+        let [n, h, w, c] = dims;
+        let x = check::random(&dims, 1);
+        check::on_device(&[&x, &check::random(&dims, 2)], &HALVES, |cx, t| add(cx, &t[0], &t[1]));
+        for activation in [Activation::Relu, Activation::LeakyRelu(0.2), Activation::Gelu, Activation::Silu] {
+            check::on_device(&[&x], &HALVES, |cx, t| activate(cx, t[0].clone(), activation));
+        }
+        let by = Rescale { summand: 1.0, factor: -3.0, divisor: 42.0 };
+        check::on_device(&[&x], &HALVES, |cx, t| rescale(cx, t[0].clone(), by));
+        for entries in [n, 1] {
+            let [s, b, m] = [(c, 3), (c, 4), (2 * c, 5)].map(|(c, seed)| check::random(&[entries, c], seed));
+            let inputs = [&x, &s, &b];
+            check::on_device(&inputs, &HALVES, |cx, t| affine_channels(cx, t[0].clone(), &t[1], &t[2]));
+            check::on_device(&[&x, &m], &HALVES, |cx, t| modulate(cx, t[0].clone(), &t[1]));
+        }
+        let s = check::random(&[n, c], 6);
+        check::on_device(&[&x, &s], &HALVES, |cx, t| scale_channels(cx, t[0].clone(), &t[1]));
+        let table = check::random(&[h, w, c], 7);
+        check::on_device(&[&x, &table], &HALVES, |cx, t| add_rows(cx, t[0].clone(), &t[1]));
+        // Views that do not begin where 16 bytes do.
+        let all = check::random(&[1 + n * h * w * c], 8);
+        check::on_device(&[&all, &s], &HALVES, |cx, t| {
+            let x = t[0].narrow(1, n * h * w * c)?.reshape(&dims)?;
+            scale_channels(cx, add(cx, &activate(cx, x.clone(), Activation::Silu)?, &x)?, &t[1])
+        });
+    }
+}
+
+#[test]
+fn on_a_gpu_in_place_where_the_memory_is_their_own() {
+    let Some(cx) = check::cuda(Precision::BF16) else { return };
+    let stream = cx.cuda().unwrap().unwrap().clone();
+    let x = check::moved(&cx, &check::cast(&check::random(&[2, 3, 4], 1), DType::BF16));
+    let address = x.on(&cx, &stream).unwrap().address();
+    let x = activate(&cx, x, Activation::Silu).unwrap();
+    let x = scale_channels(&cx, x, &check::random(&[2, 4], 3)).unwrap();
+    assert_eq!(x.on(&cx, &stream).unwrap().address(), address);
+    let other = rescale(&cx, x.clone(), Rescale::default()).unwrap();
+    assert_ne!(other.on(&cx, &stream).unwrap().address(), address);
+    // What lies on the host goes to memory of its own.
+    let y = rescale(&cx, check::random(&[5], 1), Rescale::default()).unwrap();
+    check::close(&y, &[5], &check::wide(&check::random(&[5], 1)), 0.0);
+    let empty = Tensor::zeros(&cx, "nothing", &[0, 3, 4], DType::F32).unwrap();
+    assert_eq!(scale_channels(&cx, empty, &check::random(&[0, 4], 3)).unwrap().elements(), 0);
+}
+
+#[test]
+fn gradients_on_a_gpu_stay_there() {
+    let x = check::random(&[3, 40, 5], 1);
+    let of = |dims: &[usize], seed| check::random(dims, seed);
+    check::gradients_on_device(&[x.clone(), of(&[3, 40, 5], 2)], |cx, t| add(cx, &t[0], &t[1]));
+    for activation in [Activation::Relu, Activation::Gelu] {
+        check::gradients_on_device(&[x.clone()], |cx, t| activate(cx, t[0].clone(), activation));
+    }
+    check::gradients_on_device(&[x.clone()], |cx, t| rescale(cx, t[0].clone(), Rescale::default()));
+    check::gradients_on_device(&[x.clone(), of(&[40, 5], 3)], |cx, t| add_rows(cx, t[0].clone(), &t[1]));
+    check::gradients_on_device(&[x.clone(), of(&[3, 5], 4)], |cx, t| scale_channels(cx, t[0].clone(), &t[1]));
+    for entries in [3, 1] {
+        let [s, b, m] = [5, 5, 10].map(|c| of(&[entries, c], 5));
+        check::gradients_on_device(&[x.clone(), s.clone(), b.clone()], |cx, t| {
+            affine_channels(cx, t[0].clone(), &t[1], &t[2])
+        });
+        check::gradients_on_device(&[x.clone(), b], |cx, t| affine_channels(cx, t[0].clone(), &s, &t[1]));
+        check::gradients_on_device(&[x.clone(), m], |cx, t| modulate(cx, t[0].clone(), &t[1]));
+    }
+}
+
+#[test]
+fn rescaled() {
+    let x = check::random(&[3, 70, 100], 1);
+    let by = Rescale { summand: 1.0, factor: 3.0, divisor: 42.0 };
+    let y = check::on_batch(&x, |cx, x, _, _| rescale(cx, x.clone(), by));
+    let expected: Vec<f64> = check::wide(&x).iter().map(|v| (v + 1.0) * 3.0 / 42.0).collect();
+    check::close(&y, x.dims(), &expected, 1e-6);
+    check::gradients(
+        &[check::random(&[2, 3], 1)],
+        |cx, t| rescale(cx, t[0].clone(), by),
+        |t| t[0].iter().map(|v| (v + 1.0) * 3.0 / 42.0).collect(),
+    );
 }
 
 #[test]

@@ -49,7 +49,7 @@ __device__ void normalize(const T *__restrict__ x, const float *weight, const fl
                                                    const float *scale, const float *shift, T *y, i64 rows,             \
                                                    int channels, float eps) {                                          \
         const int wide = 16 / sizeof(T);                                                                               \
-        if (channels % wide == 0)                                                                                      \
+        if (channels % wide == 0 && is_aligned(x) && is_aligned(y))                                                    \
             normalize<T, wide>(x, weight, bias, scale, shift, y, rows, channels, eps);                                 \
         else                                                                                                           \
             normalize<T, 1>(x, weight, bias, scale, shift, y, rows, channels, eps);                                    \

@@ -4,6 +4,7 @@
 #[cfg(test)]
 mod tests;
 
+use super::cuda::{self, Part};
 use super::{Epilogue, MAX_TERMS, Term, WeightLayout as Layout, sides, sum, values};
 use crate::device::Context;
 use crate::device::gemm::{Factors, Gemm, MatrixA, MatrixB, Values, gemm};
@@ -11,6 +12,7 @@ use crate::error::Result;
 use crate::ops::activation::Activation;
 use crate::ops::elementwise;
 use crate::ops::kernels::{self, per_cpu};
+use crate::ops::sums;
 use crate::tensor::autograd::{self, Flow, Tracked, record};
 use crate::tensor::{DType, MAX_RANK, Tensor};
 
@@ -96,6 +98,9 @@ pub(crate) fn scale(cx: &Context, x: Tensor, by: f32) -> Result<Tensor> {
     if by == 1.0 {
         return Ok(x);
     }
+    if let Some(stream) = cx.cuda()? {
+        return cuda::scale(cx, stream, x, by);
+    }
     kernels::in_place(cx, "a scaled gradient", x, CHUNK, |_, part| part.iter_mut().for_each(|v| *v *= by))
 }
 
@@ -176,9 +181,14 @@ impl Kept {
                 Layout::RowsAreOutputs => (self.first_input, Layout::RowsAreInputs, self.weight[1]),
                 Layout::RowsAreInputs => (self.first_input * outputs, Layout::RowsAreOutputs, outputs),
             };
+            let mut dx = like(cx, dy, self.inputs)?;
+            if let Some(stream) = cx.cuda()? {
+                let part = Part { first, leading, layout: self.layout };
+                cuda::input_gradient(cx, stream, dy, (weight, part), &mut dx)?;
+                return Ok(dx);
+            }
             let b = MatrixB { values: values(weight)?.skip(first), layout, leading };
             let terms = [Factors { k: outputs, a: MatrixA::rows(dy.slice()?, outputs), b }];
-            let mut dx = like(cx, dy, self.inputs)?;
             let product = Gemm { m: dy.shape().rows(), n: self.inputs, terms: &terms, accumulate: false };
             gemm(cx, &product, dx.slice_mut()?, self.inputs, |_, _, _| ())?;
             Ok(dx)
@@ -197,7 +207,7 @@ impl Kept {
             let whole = sharing().count() == 1 && all[i].is_whole();
             let allocate = if whole { Tensor::new } else { Tensor::zeros };
             let mut dw = allocate(cx, "a weight's gradient", &all[i].weight, DType::F32)?;
-            sharing().try_for_each(|term| term.add_weight(cx, dy, !whole, dw.slice_mut()?))?;
+            sharing().try_for_each(|term| term.add_weight(cx, dy, !whole, &mut dw))?;
             Ok(dw)
         })
     }
@@ -213,23 +223,22 @@ impl Kept {
     }
 
     /// Writes or adds what this term gives to its inputs of the weight.
-    fn add_weight(&self, cx: &Context, dy: &Tensor, accumulate: bool, dw: &mut [f32]) -> Result<()> {
+    fn add_weight(&self, cx: &Context, dy: &Tensor, accumulate: bool, dw: &mut Tensor) -> Result<()> {
         let Some((_, x)) = &self.toward_weight else { return Ok(()) };
         let outputs = dy.shape().channels();
-        let (x, dy) = (Matrix::of(x)?, Matrix::of(dy)?);
         if self.inputs == 0 || outputs == 0 {
             return Ok(());
         }
-        match self.layout {
-            Layout::RowsAreOutputs => {
-                let place = Place { leading: self.weight[1], accumulate };
-                transposed_product(cx, dy, x, place, &mut dw[self.first_input..])
-            }
-            Layout::RowsAreInputs => {
-                let place = Place { leading: outputs, accumulate };
-                transposed_product(cx, x, dy, place, &mut dw[self.first_input * outputs..])
-            }
+        let (factors, first, leading) = match self.layout {
+            Layout::RowsAreOutputs => ([dy, x], self.first_input, self.weight[1]),
+            Layout::RowsAreInputs => ([x, dy], self.first_input * outputs, outputs),
+        };
+        let place = Place { leading, accumulate };
+        if let Some(stream) = cx.cuda()? {
+            return cuda::transposed_product(cx, stream, factors, place, (dw, first));
         }
+        let [a, b] = [Matrix::of(factors[0])?, Matrix::of(factors[1])?];
+        transposed_product(cx, a, b, place, &mut dw.slice_mut()?[first..])
     }
 }
 
@@ -303,13 +312,17 @@ pub(crate) fn input_gradient(cx: &Context, dy: &Tensor, weight: &Tensor, layout:
 /// # Errors
 /// `InvalidArgument` if the rows are not as many; `OutOfMemory`; `Cancelled`.
 pub(crate) fn weight_gradient(cx: &Context, x: &Tensor, dy: &Tensor, layout: Layout) -> Result<Tensor> {
-    let (a, b) = match layout {
-        Layout::RowsAreOutputs => (Matrix::of(dy)?, Matrix::of(x)?),
-        Layout::RowsAreInputs => (Matrix::of(x)?, Matrix::of(dy)?),
+    let [a, b] = match layout {
+        Layout::RowsAreOutputs => [dy, x],
+        Layout::RowsAreInputs => [x, dy],
     };
-    let mut dw = Tensor::new(cx, "a weight's gradient", &[a.columns, b.columns], DType::F32)?;
-    let place = Place { leading: b.columns, accumulate: false };
-    transposed_product(cx, a, b, place, dw.slice_mut()?)?;
+    let [rows, columns] = [a, b].map(|factor| factor.shape().channels());
+    let mut dw = Tensor::new(cx, "a weight's gradient", &[rows, columns], DType::F32)?;
+    let place = Place { leading: columns, accumulate: false };
+    match cx.cuda()? {
+        Some(stream) => cuda::transposed_product(cx, stream, [a, b], place, (&mut dw, 0))?,
+        None => transposed_product(cx, Matrix::of(a)?, Matrix::of(b)?, place, dw.slice_mut()?)?,
+    }
     Ok(dw)
 }
 
@@ -322,6 +335,9 @@ pub(crate) fn weight_gradient(cx: &Context, x: &Tensor, dy: &Tensor, layout: Lay
 /// # Errors
 /// `InvalidArgument` if `dy` is not `F32`; `OutOfMemory`; `Cancelled`.
 pub(crate) fn column_sums(cx: &Context, dy: &Tensor) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return sums::columns_on(cx, stream, "sums of rows", dy);
+    }
     let (rows, channels) = (dy.shape().rows(), dy.shape().channels());
     let values = dy.slice::<f32>()?;
     let per_group = kernels::rows_per_task(channels).max(LEAST_ROWS);

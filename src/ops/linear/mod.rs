@@ -1,5 +1,6 @@
 //! Matrix products with everything that may follow them, applied while an output row is hot.
 
+pub(crate) mod cuda;
 pub(crate) mod gradient;
 mod sum;
 #[cfg(test)]
@@ -51,10 +52,11 @@ impl Default for Epilogue<'_> {
 /// y = x Wᵀ, then the epilogue.
 ///
 /// # Shapes
-/// x `F32 [.., I]`, weight `[O, I]` of any float type -> `F32 [.., O]`
+/// x `F32 [.., I]`, weight `[O, I]` of any float type -> `F32 [.., O]`; on a GPU x of any float type, and the result of
+/// that of its activations
 ///
 /// # Errors
-/// `InvalidArgument` if shapes do not fit together; `OutOfMemory`; `Cancelled`.
+/// `InvalidArgument` if shapes do not fit together; `OutOfMemory`; `Cancelled`; `Device`.
 pub fn linear(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue) -> Result<Tensor> {
     multiply(cx, x, weight, Layout::RowsAreOutputs, epilogue)
 }
@@ -62,7 +64,7 @@ pub fn linear(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue) ->
 /// y = x W, then the epilogue: the weight holds a row for each input.
 ///
 /// # Shapes
-/// x `F32 [.., I]`, weight `[I, O]` of any float type -> `F32 [.., O]`
+/// x `F32 [.., I]`, weight `[I, O]` of any float type -> `F32 [.., O]`; types on a GPU as in [`linear`]
 ///
 /// # Errors
 /// As [`linear`].
@@ -179,12 +181,18 @@ fn finished(cx: &Context, sum: &Gemm, epilogue: &Epilogue, place: Place, out: &m
 
 /// The numbers of a modulation, and whether each sample has its own.
 fn modulation(m: &Tensor, samples: usize, outputs: usize) -> Result<(&[f32], bool)> {
+    let by_sample = modulation_by_sample(m, samples, outputs)?;
+    Ok((m.slice()?, by_sample))
+}
+
+/// Whether each sample has a modulation of its own.
+fn modulation_by_sample(m: &Tensor, samples: usize, outputs: usize) -> Result<bool> {
     let rows = m.shape().rows();
     if m.dims().last() != Some(&(2 * outputs)) || (rows != 1 && rows < samples) {
         let expected = format!("[{samples} or 1, {}]", 2 * outputs);
         return Err(Error::argument("linear modulation", expected, m.shape()));
     }
-    Ok((m.slice()?, rows > 1))
+    Ok(rows > 1)
 }
 
 /// The numbers of a weight, where they lie.

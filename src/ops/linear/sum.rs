@@ -1,6 +1,7 @@
 //! A sum of products that share their outputs: what a dense layer over concatenated inputs computes, without
 //! the concatenation.
 
+use super::cuda::{self, Part};
 use super::{Epilogue, Place, finished, gradient, sides, values};
 use crate::device::Context;
 use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values};
@@ -28,7 +29,8 @@ pub struct Term<'a> {
 /// Neither inputs nor weights are copied. Terms are summed in their order.
 ///
 /// # Shapes
-/// every x `F32 [.., I_i]` with the same outer dimensions -> `F32 [.., O]`
+/// every x `F32 [.., I_i]` with the same outer dimensions -> `F32 [.., O]`; types on a GPU as in
+/// [`linear`](super::linear)
 ///
 /// # Errors
 /// `InvalidArgument` without terms, with more than [`MAX_TERMS`], or if shapes do not fit together;
@@ -49,12 +51,12 @@ pub(super) fn compute(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Resu
     let Some((_, outer)) = first.x.dims().split_last() else {
         return Err(Error::argument("linear input", "at least one dimension", first.x.shape()));
     };
-    let none = MatrixB { values: Values::F32(&[]), layout: Layout::RowsAreOutputs, leading: 0 };
-    let mut factors = [Factors { k: 0, a: MatrixA::rows(&[], 0), b: none }; MAX_TERMS];
-    for (factors, term) in factors.iter_mut().zip(terms) {
-        *factors = term.factors(outer, outputs)?;
+    let none = Part { first: 0, leading: 0, layout: Layout::RowsAreOutputs };
+    let mut parts = [(first, none); MAX_TERMS];
+    for (part, term) in parts.iter_mut().zip(terms) {
+        *part = (term, term.part(outer, outputs)?);
     }
-
+    let parts = &parts[..terms.len()];
     let mut dims = [outputs; MAX_RANK];
     dims[..outer.len()].copy_from_slice(outer);
     let dims = &dims[..=outer.len()];
@@ -63,19 +65,27 @@ pub(super) fn compute(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Resu
     }
     let m = first.x.shape().rows();
     let samples = outer.first().copied().unwrap_or(1);
-    let place = Place { first_row: 0, per_sample: m / samples.max(1) };
+    let per_sample = m / samples.max(1);
+    if let Some(stream) = cx.cuda()? {
+        return cuda::compute(cx, stream, parts, epilogue, (dims, per_sample));
+    }
+    let none = MatrixB { values: Values::F32(&[]), layout: Layout::RowsAreOutputs, leading: 0 };
+    let mut factors = [Factors { k: 0, a: MatrixA::rows(&[], 0), b: none }; MAX_TERMS];
+    for (factors, (term, part)) in factors.iter_mut().zip(parts) {
+        *factors = term.factors(part)?;
+    }
     let sum = Gemm { m, n: outputs, terms: &factors[..terms.len()], accumulate: false };
     let mut out = Tensor::new(cx, "linear output", dims, DType::F32)?;
-    finished(cx, &sum, epilogue, place, out.slice_mut()?)?;
+    finished(cx, &sum, epilogue, Place { first_row: 0, per_sample }, out.slice_mut()?)?;
     Ok(out)
 }
 
 impl<'a> Term<'a> {
-    /// The factors of a sum over rows of the dimensions `outer` with this many outputs.
+    /// The part of its weight, in a sum over rows of the dimensions `outer` with this many outputs.
     ///
     /// # Errors
     /// `InvalidArgument` if this term does not belong to such a sum, or its weight lacks some of its inputs.
-    fn factors(&self, outer: &[usize], outputs: usize) -> Result<Factors<'a>> {
+    fn part(&self, outer: &[usize], outputs: usize) -> Result<Part> {
         let [inputs, n] = sides("linear weight", self.weight, self.layout)?;
         if n != outputs {
             return Err(Error::argument("linear weight", format!("{outputs} outputs"), self.weight.shape()));
@@ -92,7 +102,15 @@ impl<'a> Term<'a> {
             Layout::RowsAreOutputs => (self.first_input, inputs),
             Layout::RowsAreInputs => (self.first_input * n, n),
         };
-        let b = MatrixB { values: values(self.weight)?.skip(first), layout: self.layout, leading };
+        Ok(Part { first, leading, layout: self.layout })
+    }
+
+    /// # Errors
+    /// `InvalidArgument` for other types than those of a product.
+    fn factors(&self, part: &Part) -> Result<Factors<'a>> {
+        let k = self.x.shape().channels();
+        let values = values(self.weight)?.skip(part.first);
+        let b = MatrixB { values, layout: part.layout, leading: part.leading };
         Ok(Factors { k, a: MatrixA::rows(self.x.slice()?, k), b })
     }
 }

@@ -1,8 +1,9 @@
 //! The product and its epilogue against a plain loop in f64.
 
 use super::*;
+use crate::device::cuda::Precision;
 use crate::ops::activation::tests::naive;
-use crate::ops::check::{cast, close, cx, on_batch, on_threads, random, wide};
+use crate::ops::check::{cast, close, cx, on_batch, on_device, on_threads, random, wide};
 
 /// What a term adds to each element of the result.
 fn products(term: &Term) -> Vec<f64> {
@@ -88,6 +89,60 @@ fn agrees_with_a_plain_loop() {
                 );
             }
         }
+    }
+}
+
+/// Of the largest number of a result, by the type of activations.
+const ON_A_GPU: [(Precision, f64); 3] =
+    [(Precision::F32, 1e-5), (Precision::F16, 4e-3), (Precision::BF16, 2e-2)];
+
+#[test]
+fn on_a_gpu_in_every_type() {
+    for (dims, outputs) in [([2, 3, 5], 7), ([1, 1, 1], 1), ([3, 17, 24], 72), ([2, 1, 300], 16)] {
+        let inputs = dims[2];
+        let (x, weight) = (random(&dims, 1), random(&[outputs, inputs], 6));
+        let [scale, bias] = [2, 3].map(|seed| random(&[outputs], seed));
+        let residual = random(&[dims[0], dims[1], outputs], 4);
+        let modulation = random(&[dims[0], 2 * outputs], 5);
+        let transposed = random(&[inputs, outputs], 6);
+        let tensors = [&x, &weight, &scale, &bias, &residual, &modulation, &transposed];
+        for activation in [Activation::None, Activation::Gelu, Activation::LeakyRelu(0.2)] {
+            for gain in [1.0, 0.7] {
+                on_device(&tensors, &ON_A_GPU, |cx, t| {
+                    let e = Epilogue { activation, gain, residual: Some(&t[4]), ..Epilogue::default() };
+                    linear(cx, &t[0], &t[1], &Epilogue { bias: Some(&t[3]), ..e })
+                });
+                on_device(&tensors, &ON_A_GPU, |cx, t| {
+                    let e = Epilogue {
+                        channel_scale: Some(&t[2]),
+                        bias: Some(&t[3]),
+                        activation,
+                        gain,
+                        residual: Some(&t[4]),
+                        modulation: Some(&t[5]),
+                    };
+                    linear_transposed(cx, &t[0], &t[6], &e)
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_on_a_gpu_in_every_type() {
+    for (outputs, sum) in sums() {
+        let terms = sum.terms();
+        let bias = random(&[outputs], 3);
+        let mut tensors: Vec<&Tensor> = terms.iter().flat_map(|term| [term.x, term.weight]).collect();
+        tensors.push(&bias);
+        on_device(&tensors, &ON_A_GPU, |cx, t| {
+            let (bias, factors) = t.split_last().unwrap();
+            let moved = terms.iter().zip(factors.chunks(2));
+            let moved: Vec<Term> =
+                moved.map(|(term, part)| Term { x: &part[0], weight: &part[1], ..*term }).collect();
+            let e = Epilogue { bias: Some(bias), activation: Activation::Silu, ..Epilogue::default() };
+            linear_sum(cx, &moved, &e)
+        });
     }
 }
 

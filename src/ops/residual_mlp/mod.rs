@@ -59,6 +59,9 @@ pub fn residual_mlp(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor>
     if records(cx, &p.tensors(x)) {
         return composed(cx, x, p);
     }
+    if cx.cuda()?.is_some() {
+        return with_whole_layers(cx, x, p);
+    }
     let gain = kernels::scalar("mlp gain", p.gain)?;
     let input = x.slice::<f32>()?;
     let rows = rows_at_once(x.shape().rows(), hidden);
@@ -97,6 +100,14 @@ fn composed(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
     let hidden = layer(&layer_norm(cx, x, &p.norm)?, &p.expand)?;
     let y = layer(&activate(cx, hidden, p.activation)?, &p.project)?;
     scaled_residual(cx, &y, p.gain, x)
+}
+
+/// The same on a GPU, which has no cache to hold some rows of the hidden layer in.
+fn with_whole_layers(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
+    let first = Epilogue { bias: p.expand.bias, activation: p.activation, ..Epilogue::default() };
+    let second = Epilogue { bias: p.project.bias, ..Epilogue::default() };
+    let hidden = linear(cx, &layer_norm(cx, x, &p.norm)?, p.expand.weight, &first)?;
+    scaled_residual(cx, &linear(cx, &hidden, p.project.weight, &second)?, p.gain, x)
 }
 
 /// One layer over some rows.

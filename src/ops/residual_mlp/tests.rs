@@ -1,7 +1,8 @@
 //! The MLP against a plain loop in f64, and bit for bit against the ops that it is made of.
 
 use super::*;
-use crate::ops::check::{activation, cast, close, cx, on_batch, on_threads, random, wide};
+use crate::device::cuda::Precision;
+use crate::ops::check::{activation, cast, close, cx, on_batch, on_device, on_threads, random, wide};
 
 /// The weights of an MLP from `channels` to `hidden` channels and back.
 struct Weights {
@@ -88,6 +89,28 @@ fn agrees_with_a_plain_loop_and_the_composed_ops() {
             assert!(y.bytes().unwrap() == composed(&cx(), &x, &p).unwrap().bytes().unwrap());
         }
     }
+}
+
+#[test]
+fn on_a_gpu_in_every_type() {
+    let (x, weights) = (random(&[2, 3, 16], 5), Weights::new(16, 40, DType::F32));
+    let [scale, shift, gain] = &weights.scalars;
+    let dense = [&weights.expand, &weights.expand_bias, &weights.project, &weights.project_bias];
+    let tensors = [[&x, scale, shift, gain].as_slice(), &dense].concat();
+    on_device(
+        &tensors,
+        &[(Precision::F32, 1e-5), (Precision::F16, 4e-3), (Precision::BF16, 2e-2)],
+        |cx, t| {
+            let p = ResidualMlp {
+                norm: LayerNorm { scale: Some(&t[1]), shift: Some(&t[2]), ..LayerNorm::default() },
+                expand: Dense { weight: &t[4], bias: Some(&t[5]) },
+                activation: Activation::Gelu,
+                project: Dense { weight: &t[6], bias: Some(&t[7]) },
+                gain: &t[3],
+            };
+            residual_mlp(cx, &t[0], &p)
+        },
+    );
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use crate::ops::kernels::{self, mul_add, per_cpu};
 
 /// Added to the mean norm.
-const EPS: f32 = 1e-6;
+pub const EPS: f32 = 1e-6;
 
 #[inline(always)]
 fn sum_squares_body<const FMA: bool>(rows: &[f32], sums: &mut [f32]) {

@@ -4,7 +4,7 @@
 //! `dG = dN / m - mean over channels of (dN Gx) / m^2`, `dx = g (1 + gamma Nx) + x dG / Gx`,
 //! `dgamma = sum over samples of Nx S` and `dbeta = sum of g`. Where Gx is 0, so is the second term of dx.
 
-use super::cpu;
+use super::{cpu, cuda};
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::{kernels, sums};
@@ -25,6 +25,15 @@ impl Backward {
 
     pub fn run(self, cx: &Context, flow: &mut Flow) -> Result<()> {
         let channels = self.x.shape().channels();
+        if let Some(stream) = cx.cuda()? {
+            let (g, of_x) = (flow.gradient().clone(), self.x.tracked().is_some());
+            let found = cuda::gradients(cx, stream, (&self.x, &g), &self.gamma, of_x)?;
+            if let Some(dx) = found.dx {
+                flow.give(cx, self.x.tracked(), |_| Ok(dx))?;
+            }
+            flow.give(cx, self.gamma.tracked(), |_| found.shared.narrow(1, 1))?;
+            return flow.give(cx, self.to_beta, |_| found.shared.narrow(2, 1));
+        }
         let gamma = kernels::channel_vector(cx, "response norm gamma", &self.gamma, channels)?;
         let finished = self.finished(cx, flow.gradient(), gamma.slice()?)?;
         flow.give(cx, self.x.tracked(), |g| self.of_x(cx, g, finished.slice()?))?;

@@ -1,6 +1,7 @@
 //! Global response normalisation (Woo et al. 2023, ConvNeXt V2, algorithm 1).
 
 mod cpu;
+pub(crate) mod cuda;
 mod gradient;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,8 @@ const TOKENS: usize = 32;
 /// `y = gamma * (x * Nx) + beta + x`. Works in place when `x` is the only owner of its memory.
 ///
 /// # Shapes
-/// `x` `[N, H, W, C]` or `[N, T, C]`; `gamma` and `beta` have C elements, in any shape and of any float type.
+/// `x` `F32 [N, H, W, C]` or `[N, T, C]`, on a GPU of any float type; `gamma` and `beta` have C elements, in any shape
+/// and of any float type.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
@@ -38,6 +40,9 @@ pub fn response_norm(cx: &Context, x: Tensor, gamma: &Tensor, beta: &Tensor) -> 
 }
 
 fn normalize(cx: &Context, x: Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::normalize(cx, stream, x, (gamma, beta), false);
+    }
     let channels = x.shape().channels();
     let gamma = kernels::channel_vector(cx, "response norm gamma", gamma, channels)?;
     let beta = kernels::channel_vector(cx, "response norm beta", beta, channels)?;

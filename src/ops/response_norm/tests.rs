@@ -1,5 +1,8 @@
 use super::*;
+use crate::device::cuda::Precision;
+use crate::ops::activation::Activation;
 use crate::ops::check;
+use crate::ops::elementwise::activate;
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 fn naive(x: &Tensor, gamma: &Tensor, beta: &Tensor) -> Vec<f64> {
@@ -36,6 +39,31 @@ fn agrees_with_the_definition_in_place_and_not() {
         let own = check::on_threads(|cx| response_norm(cx, check::random(dims, 1), &gamma, &beta));
         assert!(own.bytes().unwrap() == shared.bytes().unwrap());
     }
+}
+
+#[test]
+fn on_a_gpu() {
+    let tolerances = [(Precision::F32, 1e-5), (Precision::BF16, 1e-2), (Precision::F16, 2e-3)];
+    for dims in [&[1usize, 1, 1, 1][..], &[3, 9, 11, 37], &[2, 300, 24], &[1, 33, 1, 600]] {
+        let c = dims[dims.len() - 1];
+        let inputs = [check::random(dims, 1), check::random(&[1, 1, 1, c], 2), check::random(&[c], 3)];
+        check::on_device(&inputs.each_ref(), &tolerances, of_all);
+        check::gradients_on_device(&inputs, of_all);
+        // With the GELU in its two passes.
+        let activated = |cx: &Context, t: &[Tensor]| match cx.cuda()? {
+            Some(stream) => cuda::normalize(cx, stream, t[0].clone(), (&t[1], &t[2]), true),
+            None => response_norm(cx, activate(cx, t[0].clone(), Activation::Gelu)?, &t[1], &t[2]),
+        };
+        check::on_device(&inputs.each_ref(), &tolerances, activated);
+    }
+    let Some(cx) = check::cuda(Precision::F16) else { return };
+    let stream = cx.cuda().unwrap().unwrap().clone();
+    let x = check::moved(&cx, &check::cast(&check::random(&[2, 5, 8], 1), DType::F16));
+    let (address, gamma) = (x.on(&cx, &stream).unwrap().address(), check::random(&[8], 2));
+    let y = response_norm(&cx, x, &gamma, &gamma).unwrap();
+    assert_eq!(y.on(&cx, &stream).unwrap().address(), address);
+    let error = response_norm(&cx, y, &check::random(&[7], 1), &gamma).unwrap_err();
+    assert!(error.to_string().contains("gamma"), "{error}");
 }
 
 #[test]

@@ -19,7 +19,9 @@ __device__ void add(const T *__restrict__ y, const float *gain, const T *__restr
         out[i] = from_float<T>(to_float(y[i]) * factor + to_float(residual[i]));
 }
 
-// hot: scaled_residual
+// hot: scaled_residual_f32
+// hot: scaled_residual_f16
+// hot: scaled_residual_bf16
 #define SCALED_RESIDUAL(T, suffix)                                                                                     \
     extern "C" __global__ void scaled_residual_##suffix(const T *y, const float *gain, const T *residual, T *out,      \
                                                         i64 count) {                                                   \

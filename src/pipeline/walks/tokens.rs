@@ -89,8 +89,17 @@ impl<'a> TokenWalk<'a> {
             self.choose(&guided, tokens, step, uniforms)
         };
         let tokens = self.sampling.run(self.cx, &start, start.clone(), noise, choose, after_step)?;
-        self.expect_tokens(&tokens)?;
+        self.check_tokens(&tokens)?;
         Ok(tokens)
+    }
+
+    /// # Errors
+    /// `Format` or `InvalidArgument`, saying what is not finite, if a token could not be chosen.
+    fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
+        match tokens.slice::<i64>()?.contains(&NO_TOKEN) {
+            true => Err(not_finite("Stage B", &[&self.part.weights, &self.decoder.stage_a.weights])),
+            false => Ok(()),
+        }
     }
 
     /// Keys and values of latents and texts. The twins see latents of zero, all of them the same ones.
@@ -120,7 +129,9 @@ impl<'a> TokenWalk<'a> {
                 network.features(cx, tokens, Conditioning { modulations, attended })
             })
         })?;
-        if self.cx.cuda()?.is_none() {
+        // A GPU is not waited for in a step: what is not finite gives no token, and shows at the end.
+        let looks_now = self.cx.device().accelerator().is_none();
+        if looks_now {
             check_finite(&conditional, "Stage B", weights)?;
         }
         let rows = |x: &Tensor| x.reshape(&[x.shape().rows(), x.shape().channels()]);
@@ -141,19 +152,9 @@ impl<'a> TokenWalk<'a> {
             step.temperature,
             choice,
         )?;
-        // A GPU is not waited for: there NO_TOKEN stays in its place until the end.
-        if self.cx.cuda()?.is_none() {
-            self.expect_tokens(&chosen)?;
+        if looks_now {
+            self.check_tokens(&chosen)?;
         }
         chosen.reshape(tokens.dims())
-    }
-
-    /// # Errors
-    /// As [`check_finite`], if one is [`NO_TOKEN`].
-    fn expect_tokens(&self, tokens: &Tensor) -> Result<()> {
-        if tokens.slice::<i64>()?.contains(&NO_TOKEN) {
-            return Err(not_finite("Stage B", &[&self.part.weights, &self.decoder.stage_a.weights]));
-        }
-        Ok(())
     }
 }

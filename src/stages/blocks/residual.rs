@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::nn::{Linear, Params};
 use crate::ops::depthwise_conv::{DepthwiseConv, Padding, Then, depthwise_conv};
 use crate::ops::elementwise::add;
-use crate::ops::linear::{Activation, Epilogue, Term, WeightLayout, linear_sum};
-use crate::ops::response_norm::response_norm;
+use crate::ops::linear::{Epilogue, Term, WeightLayout, linear_sum};
+use crate::ops::response_expand::{ResponseExpand, response_expand};
 use crate::ops::widen::widen;
 use crate::tensor::{DType, Tensor};
 
@@ -120,7 +120,7 @@ impl InjectedResBlock {
         let hidden = folded.shape().channels();
         let shift = folded.narrow(rows - 1, 1)?.reshape(&[hidden])?;
         let bias = match self.mlp.expand.bias() {
-            Some(bias) => add(cx, &shift, &widen(cx, bias)?)?,
+            Some(bias) => add(cx, &widen(cx, &shift)?, &widen(cx, bias)?)?,
             None => shift,
         };
         Ok(FoldedImage { weight: folded.narrow(0, rows - 1)?, bias })
@@ -158,10 +158,9 @@ impl InjectedResBlock {
             first_input: 0,
         }));
         let bias = image.map(|(_, folded)| &folded.bias).or(self.mlp.expand.bias());
-        let then = Epilogue { bias, activation: Activation::Gelu, ..Epilogue::default() };
-        let hidden = linear_sum(cx, &terms, &then)?;
+        let hidden = self.mlp.expand(cx, &terms, bias)?;
         drop(mixed);
-        self.mlp.contract(cx, hidden, x, modulation)
+        self.mlp.contract(cx, &hidden, x, modulation)
     }
 
     /// Columns of the first layer's own weight, for the x and the inputs that are filled in.
@@ -275,23 +274,29 @@ impl ResponseMlp {
         residual: &Tensor,
         modulation: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let then = Epilogue { activation: Activation::Gelu, ..Epilogue::default() };
-        let hidden = self.expand.forward_then(cx, &x, then)?;
+        let weight = self.expand.weight();
+        let term = Term { x: &x, weight, layout: WeightLayout::RowsAreOutputs, first_input: 0 };
+        let hidden = self.expand(cx, &[term], self.expand.bias())?;
         drop(x);
-        self.contract(cx, hidden, residual, modulation)
+        self.contract(cx, &hidden, residual, modulation)
     }
 
-    /// All that follows the GELU. `modulation` is that of the TimestepBlock that comes next: it costs nothing
+    /// All that comes before the last layer, of the sum of `terms`.
+    fn expand(&self, cx: &Context, terms: &[Term], bias: Option<&Tensor>) -> Result<Tensor> {
+        let (gamma, beta) = (&self.gamma, &self.beta);
+        response_expand(cx, &ResponseExpand { terms, bias, gamma, beta })
+    }
+
+    /// The last layer. `modulation` is that of the TimestepBlock that comes next: it costs nothing
     /// where the sum is written.
     fn contract(
         &self,
         cx: &Context,
-        hidden: Tensor,
+        hidden: &Tensor,
         residual: &Tensor,
         modulation: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let hidden = response_norm(cx, hidden, &self.gamma, &self.beta)?;
         let then = Epilogue { residual: Some(residual), modulation, ..Epilogue::default() };
-        self.project.forward_then(cx, &hidden, then)
+        self.project.forward_then(cx, hidden, then)
     }
 }

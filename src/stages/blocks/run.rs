@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::nn::{Linear, Params};
 use crate::ops::elementwise::{activate, modulate};
 use crate::ops::linear::Activation;
+use crate::ops::widen::widen;
 use crate::tensor::Tensor;
 use crate::tensor::autograd::{recompute, recomputes};
 
@@ -265,7 +266,8 @@ impl Invariants {
     /// `OutOfMemory`; `Cancelled`.
     pub fn modulations(&self, cx: &Context, times: &[f32], time_width: usize) -> Result<Modulations> {
         let embedded = timestep_embedding(cx, times, time_width)?;
-        let mapped = self.timesteps.iter().map(|block| block.mapper.forward(cx, &embedded));
+        // Widened once: every step reads them so.
+        let mapped = self.timesteps.iter().map(|block| widen(cx, &block.mapper.forward(cx, &embedded)?));
         Ok(Modulations(mapped.collect::<Result<_>>()?))
     }
 }

@@ -7,6 +7,7 @@
 
 mod cuda;
 
+#[allow(unused_imports)]
 pub(crate) use cuda::{DeviceGenerators, HeldGenerators};
 
 use super::Tensor;

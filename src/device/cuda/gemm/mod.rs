@@ -8,8 +8,14 @@
 //!
 //! Both give the same bits each time they are given the same. What cuBLASLt refuses, our own kernels do.
 
+mod blas;
 mod own;
+#[cfg(test)]
+mod tests;
 
+use std::sync::Mutex;
+
+use super::gpu::lock;
 use super::{Parameter, Precision, Stream};
 use crate::error::{Error, Result};
 
@@ -62,7 +68,7 @@ pub struct Product {
 
 /// What follows a product, per element: `v = activation(v scale + bias) gain + residual`, then `v (1 + a) + b`. An
 /// address of 0 is nothing.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tail {
     /// F32 `[n]`.
     pub scale: u64,
@@ -111,6 +117,35 @@ impl Product {
     }
 }
 
+/// Who computes products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// cuBLASLt if it is there.
+    Best,
+    /// Our own kernels.
+    #[cfg_attr(not(test), expect(dead_code, reason = "chosen by tests"))]
+    Own,
+    /// Those of ours that need no tensor cores.
+    Tiled,
+}
+
+/// What a stream computes products with.
+pub(super) struct Products {
+    state: Mutex<State>,
+}
+
+struct State {
+    engine: Engine,
+    /// Once it was looked for.
+    blas: Option<Option<blas::Blas>>,
+}
+
+impl Default for Products {
+    fn default() -> Self {
+        Products { state: Mutex::new(State { engine: Engine::Best, blas: None }) }
+    }
+}
+
 impl Stream {
     /// Computes a product. The call returns before it has run.
     ///
@@ -119,13 +154,35 @@ impl Stream {
     /// `out` overlaps neither factor.
     ///
     /// # Errors
-    /// `Internal` for types that do not go together; `Device`.
+    /// `Internal` for types that do not go together; `OutOfMemory`; `Device`.
     pub unsafe fn multiply(&self, product: &Product) -> Result<()> {
         product.check()?;
         if product.m == 0 || product.n == 0 || product.batches() == 0 {
             return Ok(());
         }
-        // SAFETY: by this function's contract.
-        unsafe { own::multiply(self, product) }
+        let mut state = lock(&self.products().state);
+        if state.engine == Engine::Best {
+            if state.blas.is_none() {
+                state.blas = Some(blas::Blas::open(self)?);
+            }
+            if let Some(Some(blas)) = &mut state.blas
+                // SAFETY: by this function's contract.
+                && let Some(rest) = unsafe { blas.multiply(self, product)? }
+            {
+                if rest == Tail::default() {
+                    return Ok(());
+                }
+                // SAFETY: as above.
+                return unsafe { own::follow(self, &Product { tail: rest, ..*product }) };
+            }
+        }
+        // SAFETY: as above.
+        unsafe { own::multiply(self, product, state.engine != Engine::Tiled) }
+    }
+
+    /// Chooses who computes products from now on.
+    #[cfg(test)]
+    pub(crate) fn prefer(&self, engine: Engine) {
+        lock(&self.products().state).engine = engine;
     }
 }

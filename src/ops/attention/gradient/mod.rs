@@ -3,7 +3,7 @@
 
 mod cpu;
 
-use super::{Columns, KeyValues, Mask, cpu::Job};
+use super::{Columns, KeyValues, Mask, cpu::Job, cuda};
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::kernels;
@@ -19,6 +19,15 @@ pub struct Backward {
     mask: HeldMask,
     queries: usize,
     keys: usize,
+    kept: Option<Kept>,
+}
+
+/// What the forward pass found on a GPU.
+pub struct Kept {
+    /// The result.
+    pub y: Tensor,
+    /// Of each query of each head, log2 of the sum of e^score over its keys: `[N, heads, T]`.
+    pub logs: Tensor,
 }
 
 /// [`Columns`].
@@ -85,7 +94,7 @@ impl Held {
 }
 
 impl Backward {
-    pub fn new(job: &Job) -> Self {
+    pub fn new(job: &Job, kept: Option<Kept>) -> Self {
         let segment = |s: &KeyValues| Segment {
             keys: Held::new(&s.keys),
             values: Held::new(&s.values),
@@ -103,10 +112,17 @@ impl Backward {
             },
             queries: job.queries,
             keys: job.keys,
+            kept,
         }
     }
 
     pub fn run(self, cx: &Context, flow: &mut Flow) -> Result<()> {
+        let segments: Vec<KeyValues> = self.segments.iter().map(Segment::borrow).collect();
+        let job = self.job(&segments);
+        if let (Some(stream), Some(kept)) = (cx.cuda()?, &self.kept) {
+            let found = cuda::gradient::gradients(cx, stream, &job, kept, flow.gradient())?;
+            return self.give(cx, flow, found.q, found.segments, |_, whole, _| Ok(whole));
+        }
         let samples = self.q.tensor.dims()[0];
         let room = |held: &Held| held.room(cx, samples, self.width);
         let mut of_q = room(&self.q)?;
@@ -114,41 +130,43 @@ impl Backward {
         for segment in &self.segments {
             of_segments.push([room(&segment.keys)?, room(&segment.values)?]);
         }
-        self.fill(cx, flow.gradient(), &mut of_q, &mut of_segments)?;
+        let mut outputs =
+            cpu::Outputs { q: numbers(&mut of_q)?, segments: Vec::with_capacity(segments.len()) };
+        for [keys, values] in &mut of_segments {
+            outputs.segments.push([numbers(keys)?, numbers(values)?]);
+        }
+        cpu::run(cx, &job, flow.gradient().slice()?, outputs)?;
+        self.give(cx, flow, of_q, of_segments, |held, samples, index| held.whole(cx, &samples, index))
+    }
+
+    /// Gives each input the gradient of the whole tensor that `whole` makes of what was found.
+    fn give(
+        &self,
+        cx: &Context,
+        flow: &mut Flow,
+        of_q: Option<Tensor>,
+        of_segments: Vec<[Option<Tensor>; 2]>,
+        whole: impl Fn(&Held, Tensor, Option<&[usize]>) -> Result<Tensor>,
+    ) -> Result<()> {
         if let Some(of_q) = of_q {
-            flow.give(cx, self.q.tensor.tracked(), |_| self.q.whole(cx, &of_q, None))?;
+            flow.give(cx, self.q.tensor.tracked(), |_| whole(&self.q, of_q, None))?;
         }
         for (segment, of_segment) in self.segments.iter().zip(of_segments) {
             for (held, gradient) in [&segment.keys, &segment.values].into_iter().zip(of_segment) {
                 let Some(gradient) = gradient else { continue };
                 let index = segment.index.as_deref();
-                flow.give(cx, held.tensor.tracked(), |_| held.whole(cx, &gradient, index))?;
+                flow.give(cx, held.tensor.tracked(), |_| whole(held, gradient, index))?;
             }
         }
         Ok(())
     }
 
-    fn fill(
-        &self,
-        cx: &Context,
-        gradient: &Tensor,
-        of_q: &mut Option<Tensor>,
-        of_segments: &mut [[Option<Tensor>; 2]],
-    ) -> Result<()> {
-        let segments: Vec<KeyValues> = self
-            .segments
-            .iter()
-            .map(|s| KeyValues {
-                keys: s.keys.borrow(),
-                values: s.values.borrow(),
-                index: s.index.as_deref(),
-            })
-            .collect();
-        let job = Job {
+    fn job<'a>(&'a self, segments: &'a [KeyValues<'a>]) -> Job<'a> {
+        Job {
             q: self.q.borrow(),
             width: self.width,
             heads: self.heads,
-            segments: &segments,
+            segments,
             mask: match &self.mask {
                 HeldMask::None => Mask::None,
                 HeldMask::Causal => Mask::Causal,
@@ -157,12 +175,13 @@ impl Backward {
             samples: self.q.tensor.dims()[0],
             queries: self.queries,
             keys: self.keys,
-        };
-        let mut outputs = cpu::Outputs { q: numbers(of_q)?, segments: Vec::with_capacity(segments.len()) };
-        for [keys, values] in of_segments {
-            outputs.segments.push([numbers(keys)?, numbers(values)?]);
         }
-        cpu::run(cx, &job, gradient.slice()?, outputs)
+    }
+}
+
+impl Segment {
+    fn borrow(&self) -> KeyValues<'_> {
+        KeyValues { keys: self.keys.borrow(), values: self.values.borrow(), index: self.index.as_deref() }
     }
 }
 

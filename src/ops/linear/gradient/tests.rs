@@ -2,7 +2,8 @@
 //! loops.
 
 use super::*;
-use crate::ops::check::{cast, close, cx, gradients, on_threads, random, wide};
+use crate::device::cuda::Precision;
+use crate::ops::check::{cast, close, cuda, cx, gradients, moved, on_threads, random, wide};
 use crate::ops::linear::{linear, linear_sum, linear_transposed};
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
@@ -254,4 +255,33 @@ fn whole_epilogues() {
         let y = product(outputs, &(inputs, [0, 0], OUT, DType::F32), &v[0], &v[1]);
         y.iter().enumerate().map(|(o, y)| y * (1.0 + v[2][o]) + v[2][outputs + o]).collect()
     });
+}
+
+#[test]
+fn on_a_gpu_the_host_reads_nothing() {
+    let Some(cx) = cuda(Precision::F32) else { return };
+    let stream = cx.cuda().unwrap().unwrap().clone();
+    let tensors = [
+        random(&[2, 3, 5], 1),
+        random(&[7, 9], 2),
+        random(&[6, 7], 3),
+        random(&[7], 4),
+        random(&[2, 3, 7], 5),
+    ];
+    let leaves: Vec<Tensor> = tensors.iter().enumerate().map(|(i, x)| leaf(&moved(&cx, x), i)).collect();
+    let dy = moved(&cx, &random(&[2, 3, 7], 6));
+    let before = stream.downloads();
+    let tape = Tape::new();
+    let term = |layout, weight: usize, first_input| Term {
+        x: &leaves[0],
+        weight: &leaves[weight],
+        layout,
+        first_input,
+    };
+    let e = Epilogue { bias: Some(&leaves[3]), gain: 0.7, residual: Some(&leaves[4]), ..Epilogue::default() };
+    let y = linear_sum(&tape.attach(&cx), &[term(OUT, 1, 2), term(IN, 2, 1)], &e).unwrap();
+    let mut found = Gradients::default();
+    tape.backward(&cx, &[(&y, dy)], &mut found).unwrap();
+    assert!((0..5).all(|i| found.get(i).is_some()));
+    assert_eq!(stream.downloads(), before);
 }

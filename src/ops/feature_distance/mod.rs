@@ -1,6 +1,8 @@
 //! How far two maps of features point in different directions: one layer's part of LPIPS (Zhang et al. 2018,
 //! arXiv:1801.03924, equation 1).
 
+mod cuda;
+
 use crate::device::Context;
 use crate::device::scratch::Doubles;
 use crate::error::{Error, Result};
@@ -19,7 +21,8 @@ const LANES: usize = 16;
 /// lengths over the channels of a pixel. Where a length is 0 the gradient is 0. No gradient goes to `w`.
 ///
 /// # Shapes
-/// `x` and `y` `[N, H, W, C]`, `F32`, with at least one pixel; `w` C elements of any float type; the result `[1]`.
+/// `x` and `y` `[N, H, W, C]`, `F32`, on a GPU of any float type, with at least one pixel; `w` C elements of any float
+/// type; the result `F32 [1]`.
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit; `OutOfMemory`; `Cancelled`.
@@ -33,7 +36,27 @@ pub fn feature_distance(cx: &Context, x: &Tensor, y: &Tensor, w: &Tensor) -> Res
     if pixels == 0 || channels == 0 {
         return Err(Error::argument("features", "at least one", x.shape()));
     }
-    let weights = kernels::channel_vector(cx, "weights of features", w, channels)?;
+    if w.elements() != channels {
+        return Err(Error::argument("weights of features", format!("{channels} elements"), w.shape()));
+    }
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::mean(cx, stream, [x, y], w)?,
+        None => mean(cx, [x, y], w)?,
+    };
+    record(cx, out, &[Some(x), Some(y)], || {
+        let (x, y, w) = (x.clone(), y.clone(), w.clone());
+        move |cx, flow| {
+            flow.give(cx, x.tracked(), |g| gradient(cx, g, [&x, &y], &w))?;
+            flow.give(cx, y.tracked(), |g| gradient(cx, g, [&y, &x], &w))
+        }
+    })
+}
+
+/// [`feature_distance`] on the CPU, without recording.
+fn mean(cx: &Context, [x, y]: [&Tensor; 2], w: &Tensor) -> Result<Tensor> {
+    let channels = w.elements();
+    let pixels = x.elements() / channels;
+    let weights = kernels::widened(cx, "weights of features", w)?;
     let (a, b, w) = (x.slice::<f32>()?, y.slice::<f32>()?, weights.slice::<f32>()?);
     let rows = kernels::rows_per_task(channels);
     let mut sums = Doubles::new(cx.device(), "feature distances", pixels.div_ceil(rows))?;
@@ -41,20 +64,16 @@ pub fn feature_distance(cx: &Context, x: &Tensor, y: &Tensor, w: &Tensor) -> Res
         let range = i * rows * channels..a.len().min((i + 1) * rows * channels);
         sum[0] = distances(&a[range.clone()], &b[range], w);
     })?;
-    let mean = sums.values().iter().sum::<f64>() / pixels as f64;
-    let out = Tensor::from_slice(&[1], &[mean as f32])?;
-    record(cx, out, &[Some(x), Some(y)], || {
-        let (x, y, weights) = (x.clone(), y.clone(), weights.clone());
-        move |cx, flow| {
-            flow.give(cx, x.tracked(), |g| gradient(cx, g, [&x, &y], &weights))?;
-            flow.give(cx, y.tracked(), |g| gradient(cx, g, [&y, &x], &weights))
-        }
-    })
+    Tensor::from_slice(&[1], &[(sums.values().iter().sum::<f64>() / pixels as f64) as f32])
 }
 
 /// The gradient of the first of two maps; the distance is the same both ways.
 fn gradient(cx: &Context, g: &Tensor, [x, y]: [&Tensor; 2], weights: &Tensor) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::gradient(cx, stream, g, [x, y], weights);
+    }
     let channels = weights.elements();
+    let weights = kernels::widened(cx, "weights of features", weights)?;
     let scale = (2.0 * f64::from(g.slice::<f32>()?[0]) * channels as f64 / x.elements() as f64) as f32;
     let (a, b, w) = (x.slice::<f32>()?, y.slice::<f32>()?, weights.slice::<f32>()?);
     let mut out = Tensor::new(cx, "feature distance gradient", x.dims(), DType::F32)?;
@@ -120,6 +139,7 @@ simd_dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     fn definition(x: &[f64], y: &[f64], w: &[f64]) -> Vec<f64> {
@@ -149,6 +169,8 @@ mod tests {
             let expected = definition(&check::wide(&x), &check::wide(&y), &check::wide(&w));
             let found = check::on_threads(|cx| feature_distance(cx, &x, &y, &w));
             check::close(&found, &[1], &expected, 1e-6);
+            let tolerances = [(Precision::F32, 1e-6), (Precision::BF16, 2e-2), (Precision::F16, 4e-3)];
+            check::on_device(&[&x, &y, &w], &tolerances, |cx, t| feature_distance(cx, &t[0], &t[1], &t[2]));
         }
         let (cx, x) = (check::cx(), check::random(&[1, 2, 2, 3], 1));
         let w = check::random(&[3], 2);
@@ -162,6 +184,9 @@ mod tests {
     fn gradients_are_those_of_the_definition() {
         for dims in [[1usize, 1, 1, 2], [2, 3, 2, 5], [1, 2, 1, 19]] {
             let w = check::random(&[dims[3]], 3);
+            check::backward_on_device(&[&check::random(&dims, 1), &check::random(&dims, 2)], |cx, x| {
+                feature_distance(cx, &x[0], &x[1], &check::moved(cx, &w))
+            });
             check::gradients(
                 &[check::random(&dims, 1), check::random(&dims, 2)],
                 |cx, x| feature_distance(cx, &x[0], &x[1], &w),
@@ -173,13 +198,15 @@ mod tests {
     #[test]
     fn a_pixel_without_features_has_no_gradient() {
         use crate::tensor::autograd::{Gradients, Tape, leaf};
-        let (cx, tape) = (check::cx(), Tape::new());
-        let x = leaf(&Tensor::from_slice(&[1, 1, 2, 2], &[0f32, 0.0, 1.0, 2.0]).unwrap(), 0);
-        let y = check::random(&[1, 1, 2, 2], 1);
-        let loss = feature_distance(&tape.attach(&cx), &x, &y, &check::random(&[2], 2)).unwrap();
-        let mut found = Gradients::default();
-        tape.backward_from(&cx, &loss, 1.0, &mut found).unwrap();
-        let gradient = found.get(0).unwrap().slice::<f32>().unwrap();
-        assert!(gradient[..2] == [0.0; 2] && gradient.iter().all(|g| g.is_finite()));
+        for cx in [Some(check::cx()), check::cuda(Precision::F32)].into_iter().flatten() {
+            let tape = Tape::new();
+            let x = leaf(&Tensor::from_slice(&[1, 1, 2, 2], &[0f32, 0.0, 1.0, 2.0]).unwrap(), 0);
+            let y = check::random(&[1, 1, 2, 2], 1);
+            let loss = feature_distance(&tape.attach(&cx), &x, &y, &check::random(&[2], 2)).unwrap();
+            let mut found = Gradients::default();
+            tape.backward_from(&cx, &loss, 1.0, &mut found).unwrap();
+            let gradient = found.get(0).unwrap().slice::<f32>().unwrap();
+            assert!(gradient[..2] == [0.0; 2] && gradient.iter().all(|g| g.is_finite()));
+        }
     }
 }

@@ -1,13 +1,12 @@
-//! Sums over the rows of a tensor, channel by channel: in f64, and in an order that only the shape decides.
-//!
 //! Rows are summed in blocks, and then the blocks; tasks share blocks and runs of channels between them.
 
+use super::{Columns, Terms};
 use crate::device::Context;
 use crate::device::scratch::Doubles;
 use crate::error::Result;
 use crate::ops::kernels;
 use crate::simd_dispatch;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The fewest rows of a block.
 const BLOCK_ROWS: usize = 64;
@@ -15,40 +14,52 @@ const BLOCK_ROWS: usize = 64;
 /// The most channels of one task: their sums stay in the L1 cache.
 const TILE: usize = 512;
 
-/// Rows of channels, in groups that are summed apart: samples, or the whole batch as one.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Columns {
-    pub groups: usize,
-    /// Rows of each group.
-    pub rows: usize,
-    pub channels: usize,
-}
-
-/// What is summed. Each slice holds the elements of all groups.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Terms<'a> {
-    /// x.
+/// What is summed.
+#[derive(Clone, Copy)]
+enum Slices<'a> {
     Values(&'a [f32]),
-    /// x y.
     Products(&'a [f32], &'a [f32]),
-    /// x, and x y beside it.
-    ValuesAndProducts(&'a [f32], &'a [f32]),
+    Both(&'a [f32], &'a [f32]),
 }
 
-impl Terms<'_> {
+impl Slices<'_> {
     /// How many sums there are of each channel.
-    fn kinds(&self) -> usize {
-        if matches!(self, Terms::ValuesAndProducts(..)) { 2 } else { 1 }
+    fn kinds(self) -> usize {
+        if matches!(self, Slices::Both(..)) { 2 } else { 1 }
     }
 }
 
-/// Sums of [`Columns`], by group, kind and channel.
-#[derive(Debug)]
-pub(crate) struct Sums {
-    columns: Columns,
-    kinds: usize,
-    /// `[groups, tiles, kinds, tile]`.
-    values: Doubles,
+/// The sums of `terms`, `[groups, kinds, C]`.
+pub fn sums(cx: &Context, columns: &Columns, terms: Terms) -> Result<Doubles> {
+    let terms = match terms {
+        Terms::Values(x) => Slices::Values(x.slice()?),
+        Terms::Products(x, y) => Slices::Products(x.slice()?, y.slice()?),
+        Terms::ValuesAndProducts(x, y) => Slices::Both(x.slice()?, y.slice()?),
+    };
+    let Columns { groups, channels, .. } = *columns;
+    let (tiled, kinds) = (columns.tiled_sums(cx, terms)?, terms.kinds());
+    let (tile, tiles) = (columns.tile(), columns.tiles());
+    let mut out = Doubles::new(cx.device(), "sums", groups * kinds * channels)?;
+    for (i, out) in out.values_mut().chunks_exact_mut(channels.max(1)).enumerate() {
+        let of_group = &tiled.values()[i / kinds * tiles * kinds * tile..];
+        let of_kind = of_group.chunks_exact(tile).skip(i % kinds).step_by(kinds).flatten();
+        out.iter_mut().zip(of_kind).for_each(|(out, sum)| *out = *sum);
+    }
+    Ok(out)
+}
+
+/// Rounds the `wanted` kinds of sums `[groups, kinds, C]`.
+pub fn round(
+    cx: &Context,
+    sums: &[f64],
+    [_, kinds, channels]: [usize; 3],
+    wanted: &[usize],
+    out: &mut Tensor,
+) -> Result<()> {
+    kernels::parallel_chunks(cx, out.slice_mut::<f32>()?, channels, |i, part| {
+        let row = i / wanted.len() * kinds + wanted[i % wanted.len()];
+        part.iter_mut().zip(&sums[row * channels..]).for_each(|(out, sum)| *out = *sum as f32);
+    })
 }
 
 impl Columns {
@@ -61,11 +72,8 @@ impl Columns {
         self.channels.div_ceil(self.tiles()).max(1)
     }
 
-    /// The sums of `terms` over the rows of each group.
-    ///
-    /// # Errors
-    /// `OutOfMemory`; `Cancelled`.
-    pub fn sums(&self, cx: &Context, terms: Terms) -> Result<Sums> {
+    /// `[groups, tiles, kinds, tile]`: of the last tile only so many count as there are channels.
+    fn tiled_sums(&self, cx: &Context, terms: Slices) -> Result<Doubles> {
         let (tile, tiles, kinds) = (self.tile(), self.tiles(), terms.kinds());
         let block = BLOCK_ROWS.max(kernels::rows_per_task(tile));
         let blocks = self.rows.div_ceil(block).max(1);
@@ -82,7 +90,7 @@ impl Columns {
             part.sum(terms, sums);
         })?;
         if blocks == 1 {
-            return Ok(Sums { columns: *self, kinds, values: partial });
+            return Ok(partial);
         }
         let mut values = Doubles::new(cx.device(), "sums", totals)?;
         kernels::parallel_chunks(cx, values.values_mut(), chunk, |i, sums| {
@@ -91,7 +99,7 @@ impl Columns {
                 sums.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial);
             }
         })?;
-        Ok(Sums { columns: *self, kinds, values })
+        Ok(values)
     }
 }
 
@@ -107,13 +115,13 @@ struct Part {
 
 impl Part {
     /// Overwrites `sums`: as many for each kind, of which the first `width` count.
-    fn sum(&self, terms: Terms, sums: &mut [f64]) {
+    fn sum(&self, terms: Slices, sums: &mut [f64]) {
         sums.fill(0.0);
         let (first, second) = sums.split_at_mut(sums.len() / terms.kinds());
         match terms {
-            Terms::Values(x) => add_values(self, x, first),
-            Terms::Products(x, y) => add_products(self, x, y, first),
-            Terms::ValuesAndProducts(x, y) => add_both(self, x, y, first, second),
+            Slices::Values(x) => add_values(self, x, first),
+            Slices::Products(x, y) => add_products(self, x, y, first),
+            Slices::Both(x, y) => add_both(self, x, y, first, second),
         }
     }
 
@@ -190,80 +198,6 @@ simd_dispatch! {
             for ((value, product_sum), (x, y)) in values.iter_mut().zip(products.iter_mut()).zip(terms) {
                 *value += f64::from(*x);
                 *product_sum += product(*x, *y);
-            }
-        }
-    }
-}
-
-impl Sums {
-    /// The sums of one group and kind: as many as there are channels.
-    pub fn row(&self, group: usize, kind: usize) -> impl Iterator<Item = f64> {
-        let (tile, tiles) = (self.columns.tile(), self.columns.tiles());
-        let of_group = &self.values.values()[group * tiles * self.kinds * tile..];
-        of_group
-            .chunks_exact(tile)
-            .skip(kind)
-            .step_by(self.kinds)
-            .flatten()
-            .copied()
-            .take(self.columns.channels)
-    }
-
-    /// These kinds of sums, one after the other for each group.
-    ///
-    /// # Shapes
-    /// `F32 [groups, kinds, C]`
-    ///
-    /// # Errors
-    /// `OutOfMemory`; `Cancelled`.
-    pub fn tensor(&self, cx: &Context, what: &'static str, kinds: &[usize]) -> Result<Tensor> {
-        let Columns { groups, channels, .. } = self.columns;
-        let mut out = Tensor::new(cx, what, &[groups, kinds.len(), channels], DType::F32)?;
-        kernels::parallel_chunks(cx, out.slice_mut::<f32>()?, channels, |i, part| {
-            let (group, kind) = (i / kinds.len(), kinds[i % kinds.len()]);
-            part.iter_mut().zip(self.row(group, kind)).for_each(|(out, sum)| *out = sum as f32);
-        })?;
-        Ok(out)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::check;
-
-    #[test]
-    fn agrees_with_the_definition() {
-        for [groups, rows, channels] in
-            [[1usize, 1usize, 1usize], [3, 70, 33], [2, 5, 1025], [1, 200, 513], [4, 0, 3], [1, 40_000, 2]]
-        {
-            let columns = Columns { groups, rows, channels };
-            let (x, y) =
-                (check::random(&[groups, rows, channels], 1), check::random(&[groups, rows, channels], 2));
-            let (wide_x, wide_y) = (check::wide(&x), check::wide(&y));
-            let expected: Vec<f64> = (0..groups * 2 * channels)
-                .map(|i| {
-                    let (c, kind, group) = (i % channels, i / channels % 2, i / channels / 2);
-                    let element = |row: usize| (group * rows + row) * channels + c;
-                    let term = |e: usize| wide_x[e] * if kind == 0 { wide_y[e] } else { 1.0 };
-                    (0..rows).map(|row| term(element(row))).sum()
-                })
-                .collect();
-            let terms = |x, y| Terms::ValuesAndProducts(x, y);
-            let both = check::on_threads(|cx| {
-                columns.sums(cx, terms(x.slice()?, y.slice()?))?.tensor(cx, "sums", &[1, 0])
-            });
-            check::close(&both, &[groups, 2, channels], &expected, 1e-7);
-            let cx = check::cx();
-            let values = columns.sums(&cx, Terms::Values(x.slice().unwrap())).unwrap();
-            let products =
-                columns.sums(&cx, Terms::Products(x.slice().unwrap(), y.slice().unwrap())).unwrap();
-            for group in 0..groups {
-                let row = |kind: usize| &expected[(2 * group + kind) * channels..][..channels];
-                for (sums, expected) in [(&products, row(0)), (&values, row(1))] {
-                    assert_eq!(sums.row(group, 0).count(), channels);
-                    assert!(sums.row(group, 0).zip(expected).all(|(a, e)| (a - e).abs() < 1e-9));
-                }
             }
         }
     }

@@ -1,104 +1,97 @@
-//! Channels with mean 0 and variance 1 over some of the rows, and the gradient through mean and variance: what batch
-//! and instance normalisation share.
+//! The kernels of the CPU.
 
+use super::Standardise;
 use crate::device::Context;
 use crate::device::scratch::Doubles;
 use crate::error::Result;
 use crate::ops::kernels::{self, mul_add};
-use crate::ops::reduce::{Columns, Sums, Terms};
+use crate::ops::reduce::Columns;
 use crate::simd_dispatch;
 use crate::tensor::{DType, Tensor};
 
-/// Means and deviations of each group and channel.
-///
-/// Sums and sums of squares are f64, in which squares of f32 are exact: even where the mean is 10^4 deviations, the
-/// variance has all the digits of an f32.
+/// Mean and deviation of each group and channel, `[groups, C]` each.
 #[derive(Debug)]
-pub(crate) struct Moments {
-    pub columns: Columns,
-    /// `[groups, C]`.
-    pub mean: Doubles,
-    /// 1 / sqrt(variance + eps), `[groups, C]`.
-    pub inverse: Doubles,
+pub struct Moments {
+    what: &'static str,
+    columns: Columns,
+    /// Of how many elements each is.
+    count: f64,
+    mean: Doubles,
+    variance: Doubles,
+    /// 1 / sqrt(variance + eps).
+    inverse: Doubles,
 }
 
 impl Moments {
-    /// From `[groups, 2, C]` sums of x and of x^2 over `count` elements each.
-    pub fn new(cx: &Context, columns: Columns, sums: &[f64], count: f64, eps: f32) -> Result<Self> {
-        let entries = columns.groups * columns.channels;
-        let mut mean = Doubles::new(cx.device(), "means", entries)?;
-        let mut inverse = Doubles::new(cx.device(), "deviations", entries)?;
-        let outs = mean.values_mut().chunks_mut(columns.channels.max(1));
-        let outs = outs.zip(inverse.values_mut().chunks_mut(columns.channels.max(1)));
-        for ((means, inverses), sums) in outs.zip(sums.chunks_exact(2 * columns.channels.max(1))) {
-            let (values, squares) = sums.split_at(columns.channels);
-            for ((mean, inverse), (value, square)) in
-                means.iter_mut().zip(inverses).zip(values.iter().zip(squares))
-            {
-                *mean = value / count;
-                *inverse = 1.0 / (variance(*mean, *square, count) + f64::from(eps)).sqrt();
-            }
+    /// From the sums of x and of x^2, `[groups, 2, C]`.
+    pub fn new(cx: &Context, p: &Standardise, sums: &[f64], count: f64) -> Result<Self> {
+        let Columns { groups, channels, .. } = p.columns;
+        let numbers = |what| Doubles::new(cx.device(), what, groups * channels);
+        let (mut mean, mut variance) = (numbers("means")?, numbers("variances")?);
+        let mut inverse = numbers("deviations")?;
+        for i in 0..groups * channels {
+            let at = i / channels * 2 * channels + i % channels;
+            let of = sums[at] / count;
+            let squared = (sums[at + channels] / count - of * of).max(0.0);
+            mean.values_mut()[i] = of;
+            variance.values_mut()[i] = squared;
+            inverse.values_mut()[i] = 1.0 / (squared + f64::from(p.eps)).sqrt();
         }
-        Ok(Moments { columns, mean, inverse })
+        Ok(Moments { what: p.what, columns: p.columns, count, mean, variance, inverse })
     }
 
-    /// `(x - mean) / deviation`, then by `weight` and plus `bias`, `[C]` each.
-    ///
-    /// # Errors
-    /// `OutOfMemory`; `Cancelled`.
-    pub fn apply(
-        &self,
-        cx: &Context,
-        what: &'static str,
-        x: &Tensor,
-        affine: Option<[&[f32]; 2]>,
-    ) -> Result<Tensor> {
+    /// Means and variances, `F32 [2, groups, C]`.
+    pub fn statistics(&self, cx: &Context) -> Result<Tensor> {
+        let Columns { groups, channels, .. } = self.columns;
+        let mut out = Tensor::new(cx, "statistics of a batch", &[2, groups, channels], DType::F32)?;
+        let numbers = self.mean.values().iter().chain(self.variance.values());
+        out.slice_mut::<f32>()?.iter_mut().zip(numbers).for_each(|(out, value)| *out = *value as f32);
+        Ok(out)
+    }
+
+    /// `(x - mean) / deviation`, then by the weight and plus the bias.
+    pub fn apply(&self, cx: &Context, x: &Tensor, p: &Standardise) -> Result<Tensor> {
+        let wide = |vector| kernels::widened(cx, self.what, vector);
+        let affine = p.affine.map(|[weight, bias]| Ok([wide(weight)?, wide(bias)?])).transpose()?;
+        let affine = match &affine {
+            Some([weight, bias]) => Some([weight.slice::<f32>()?, bias.slice::<f32>()?]),
+            None => None,
+        };
         let coefficients = self.coefficients(cx, |_, c, mean, inverse| {
             let [weight, bias] = affine.map_or([1.0, 0.0], |[w, b]| [f64::from(w[c]), f64::from(b[c])]);
             let (rounded, scale) = (mean as f32, weight * inverse);
             [rounded, scale as f32, ((f64::from(rounded) - mean) * scale + bias) as f32]
         })?;
         let input = x.slice::<f32>()?;
-        let mut out = Tensor::new(cx, what, x.dims(), DType::F32)?;
+        let mut out = Tensor::new(cx, self.what, x.dims(), DType::F32)?;
         self.over_rows(cx, &mut out, &coefficients, |start, coefficients, part| {
             affine_slice(&input[start..][..part.len()], coefficients, part);
         })?;
         Ok(out)
     }
 
-    /// From sums of g and of g x, those of g and of g (x - mean) / deviation: `[groups, 2, C]`.
-    ///
-    /// # Errors
-    /// `OutOfMemory`.
-    pub fn gradient_sums(&self, cx: &Context, sums: &Sums) -> Result<Doubles> {
-        let (groups, channels) = (self.columns.groups, self.columns.channels);
-        let mut out = Doubles::new(cx.device(), "sums of gradients", groups * 2 * channels)?;
-        for (group, out) in out.values_mut().chunks_exact_mut(2 * channels.max(1)).enumerate() {
-            let (values, products) = out.split_at_mut(channels);
-            let places = group * channels..;
-            let found = sums.row(group, 0).zip(sums.row(group, 1)).zip(places);
-            for ((value, product), ((of_g, of_gx), i)) in values.iter_mut().zip(products).zip(found) {
-                *value = of_g;
-                *product = (of_gx - self.mean.values()[i] * of_g) * self.inverse.values()[i];
+    /// From sums of g and of g x, `[groups, 2, C]`, those of g and of g (x - mean) / deviation.
+    pub fn centre(&self, sums: &mut Doubles) {
+        let channels = self.columns.channels;
+        for (group, sums) in sums.values_mut().chunks_exact_mut(2 * channels.max(1)).enumerate() {
+            let (values, products) = sums.split_at_mut(channels);
+            for (i, (of_gx, of_g)) in (group * channels..).zip(products.iter_mut().zip(values)) {
+                *of_gx = (*of_gx - self.mean.values()[i] * *of_g) * self.inverse.values()[i];
             }
         }
-        Ok(out)
     }
 
-    /// The gradient by x: `weight / deviation (g - mean of g - y mean of (g y))` with `y = (x - mean) / deviation`,
-    /// where `sums` are [`Moments::gradient_sums`] over `count` elements.
-    ///
-    /// # Errors
-    /// `OutOfMemory`; `Cancelled`.
+    /// The gradient by x, from the centred sums.
     pub fn gradient(
         &self,
         cx: &Context,
         [g, x]: [&Tensor; 2],
-        weight: Option<&[f32]>,
+        weight: Option<&Tensor>,
         sums: &[f64],
-        count: f64,
     ) -> Result<Tensor> {
-        let channels = self.columns.channels;
+        let (channels, count) = (self.columns.channels, self.count);
+        let weight = weight.map(|weight| kernels::widened(cx, self.what, weight)).transpose()?;
+        let weight = weight.as_ref().map(Tensor::slice::<f32>).transpose()?;
         let coefficients = self.coefficients(cx, |group, c, mean, inverse| {
             let sums = &sums[2 * group * channels..];
             let (of_g, of_gy) = (sums[c] / count, sums[channels + c] / count);
@@ -153,23 +146,6 @@ impl Moments {
             }
         })
     }
-}
-
-/// The biased variance, from the mean and the sum of squares.
-pub(crate) fn variance(mean: f64, squares: f64, count: f64) -> f64 {
-    (squares / count - mean * mean).max(0.0)
-}
-
-/// The sums of x and of x^2, `[groups, 2, C]`, with room for `more` numbers after them.
-///
-/// # Errors
-/// `OutOfMemory`; `Cancelled`.
-pub(crate) fn sums_of_squares(cx: &Context, columns: Columns, x: &[f32], more: usize) -> Result<Doubles> {
-    let sums = columns.sums(cx, Terms::ValuesAndProducts(x, x))?;
-    let mut out = Doubles::new(cx.device(), "sums of squares", columns.groups * 2 * columns.channels + more)?;
-    let rows = (0..columns.groups).flat_map(|group| sums.row(group, 0).chain(sums.row(group, 1)));
-    out.values_mut().iter_mut().zip(rows).for_each(|(out, sum)| *out = sum);
-    Ok(out)
 }
 
 simd_dispatch! {

@@ -1,5 +1,7 @@
 //! The largest number of each 2 x 2 pixels.
 
+mod cuda;
+
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
@@ -14,7 +16,7 @@ const SIDE: usize = 2;
 /// goes to the first of equally large pixels, row by row.
 ///
 /// # Shapes
-/// `x` `[N, H, W, C]`, `F32`; the result `[N, H / 2, W / 2, C]`.
+/// `x` `[N, H, W, C]`, `F32`, on a GPU of any float type; the result `[N, H / 2, W / 2, C]`.
 ///
 /// # Errors
 /// `InvalidArgument` for another shape or a side of less than 2; `OutOfMemory`; `Cancelled`.
@@ -23,8 +25,21 @@ pub fn max_pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
     if height < SIDE || width < SIDE {
         return Err(Error::argument("max pool input", "sides of at least 2 pixels", x.shape()));
     }
-    let input = x.slice::<f32>()?;
     let dims = [samples, height / SIDE, width / SIDE, channels];
+    let out = match cx.cuda()? {
+        Some(stream) => cuda::pool(cx, stream, x, dims)?,
+        None => pool(cx, x, dims)?,
+    };
+    record(cx, out, &[Some(x)], || {
+        let x = x.clone();
+        move |cx, flow| flow.give(cx, x.tracked(), |g| gradient(cx, g, &x, dims))
+    })
+}
+
+/// [`max_pool`] on the CPU, without recording.
+fn pool(cx: &Context, x: &Tensor, dims: [usize; 4]) -> Result<Tensor> {
+    let [_, height, width, channels] = x.dims_of::<4>("max pool input")?;
+    let input = x.slice::<f32>()?;
     let mut out = Tensor::new(cx, "max pool", &dims, DType::F32)?;
     let row = dims[2] * channels;
     kernels::parallel_chunks(cx, out.slice_mut::<f32>()?, row, |i, out| {
@@ -32,10 +47,7 @@ pub fn max_pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
         let (upper, lower) = input[first..][..SIDE * width * channels].split_at(width * channels);
         largest(upper, lower, channels, out);
     })?;
-    record(cx, out, &[Some(x)], || {
-        let x = x.clone();
-        move |cx, flow| flow.give(cx, x.tracked(), |g| gradient(cx, g, &x, dims))
-    })
+    Ok(out)
 }
 
 fn gradient(
@@ -44,6 +56,9 @@ fn gradient(
     x: &Tensor,
     [_, out_height, out_width, channels]: [usize; 4],
 ) -> Result<Tensor> {
+    if let Some(stream) = cx.cuda()? {
+        return cuda::gradient(cx, stream, g, x);
+    }
     let [_, height, width, _] = x.dims_of::<4>("max pool input")?;
     let (g, input) = (g.slice::<f32>()?, x.slice::<f32>()?);
     let (line, out_line) = (width * channels, out_width * channels);
@@ -120,6 +135,7 @@ simd_dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::Precision;
     use crate::ops::check;
 
     fn definition(x: &[f64], [n, h, w, c]: [usize; 4]) -> Vec<f64> {
@@ -141,6 +157,8 @@ mod tests {
             let y = check::on_batch(&x, |cx, x, _, _| max_pool(cx, x));
             let [n, h, w, c] = dims;
             check::close(&y, &[n, h / 2, w / 2, c], &definition(&check::wide(&x), dims), 1e-7);
+            let tolerances = [(Precision::F32, 1e-7), (Precision::BF16, 4e-3), (Precision::F16, 1e-3)];
+            check::on_device(&[&x], &tolerances, |cx, x| max_pool(cx, &x[0]));
         }
         assert!(max_pool(&check::cx(), &check::random(&[1, 1, 4, 2], 1)).is_err());
         assert!(max_pool(&check::cx(), &check::random(&[4, 4, 2], 1)).is_err());
@@ -148,7 +166,8 @@ mod tests {
 
     #[test]
     fn gradients_are_those_of_the_definition() {
-        for dims in [[1usize, 2, 2, 1], [2, 5, 3, 3], [1, 4, 6, 2]] {
+        for dims in [[1usize, 2, 2, 1], [2, 5, 3, 3], [1, 4, 6, 2], [1, 4, 3, 8]] {
+            check::backward_on_device(&[&check::random(&dims, 1)], |cx, x| max_pool(cx, &x[0]));
             check::gradients(
                 &[check::random(&dims, 1)],
                 |cx, x| max_pool(cx, &x[0]),
@@ -166,12 +185,14 @@ mod tests {
             ([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 5.0, 0.0]),
             ([0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 5.0]),
         ] {
-            let (cx, tape) = (check::cx(), Tape::new());
-            let x = leaf(&Tensor::from_slice(&[1, 2, 2, 1], &window).unwrap(), 0);
-            let out = max_pool(&tape.attach(&cx), &x).unwrap();
-            let mut found = Gradients::default();
-            tape.backward_from(&cx, &out.reshape(&[1]).unwrap(), 5.0, &mut found).unwrap();
-            assert_eq!(found.get(0).unwrap().slice::<f32>().unwrap(), expected);
+            for cx in [Some(check::cx()), check::cuda(Precision::F32)].into_iter().flatten() {
+                let tape = Tape::new();
+                let x = leaf(&Tensor::from_slice(&[1, 2, 2, 1], &window).unwrap(), 0);
+                let out = max_pool(&tape.attach(&cx), &x).unwrap();
+                let mut found = Gradients::default();
+                tape.backward_from(&cx, &out.reshape(&[1]).unwrap(), 5.0, &mut found).unwrap();
+                assert_eq!(found.get(0).unwrap().slice::<f32>().unwrap(), expected);
+            }
         }
     }
 }
