@@ -9,7 +9,8 @@ use wuerstchen::diffusion::guidance::guide;
 use wuerstchen::diffusion::latents::{Kept, LatentSampling, Sampler, ddim_step, ddpm_step, diffuse};
 use wuerstchen::diffusion::noise::Draw;
 use wuerstchen::diffusion::schedule::{CosineSchedule, DEFAULT_OFFSET, linspace};
-use wuerstchen::diffusion::tokens::{Choice, TokenSampling, renoise};
+use wuerstchen::diffusion::tokens::{Choice, TokenSampling};
+use wuerstchen::ops::sampler_step::{Random, renoise};
 use wuerstchen::ops::token_choice::{TokenChoice, choose_tokens};
 use wuerstchen::pipeline::load;
 use wuerstchen::stages::blocks::Conditioning;
@@ -283,7 +284,7 @@ fn renoising_puts_tokens_back() {
     let (cx, case) = (context(), Case::read("stage_b_sample_argmax"));
     let times = case.floats("t_list");
     for step in 0..4 {
-        let uniforms = case.tensor(&format!("renoise_u.{step}"));
+        let uniforms = Random::Given(case.tensor(&format!("renoise_u.{step}")));
         let tokens = case.tokens(&format!("step.{step}.tokens"));
         let noised = renoise(&cx, &tokens, &case.tokens("init_noise"), &uniforms, times[step + 1]).unwrap();
         case.assert_tokens(&format!("step.{step}.renoised"), &noised);

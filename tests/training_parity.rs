@@ -138,7 +138,7 @@ fn stage_b_gradients() {
     let tape = Tape::new();
     let found_loss = stage_b::loss(&tape.attach(&cx), &network, &batch).unwrap();
     assert_scalar("loss", found_loss.loss.slice::<f32>().unwrap()[0].into(), case.floats("loss")[0], 1e-5);
-    let accuracy = found_loss.correct as f64 / replaced.len() as f64;
+    let accuracy = found_loss.correct().unwrap() as f64 / replaced.len() as f64;
     assert!((accuracy - f64::from(case.floats("acc")[0])).abs() < 1e-6);
     let mut found = Gradients::default();
     tape.backward_from(&cx, &found_loss.loss, 1.0, &mut found).unwrap();

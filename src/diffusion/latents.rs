@@ -1,11 +1,14 @@
 //! Sampling of latents, Stage C's and v2's Stage B's: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021), from pure noise, from a
 //! picture's latents, or around a kept region (paper, section 3.3).
 
-use super::noise::{Draw, NoiseSource};
+use super::noise::{Draw, NoiseSource, normals};
 use super::schedule::CosineSchedule;
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+pub use crate::ops::sampler_step::Prediction;
+pub use crate::ops::sampler_step::cpu::{ddim_step, ddpm_step, diffuse, implied_clean};
+use crate::ops::sampler_step::{self, KeptRegion};
+use crate::tensor::Tensor;
 
 /// How a step gets from x_t to x_{t_next}.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,47 +17,6 @@ pub enum Sampler {
     Ddpm,
     /// eta = 0: no noise after the start.
     Ddim,
-}
-
-/// x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise (paper, section 3.2), in place.
-pub fn diffuse(x: &mut [f32], noise: &[f32], alpha_bar: f32) {
-    let (signal, spread) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
-    x.iter_mut().zip(noise).for_each(|(x, noise)| *x = *x * signal + noise * spread);
-}
-
-/// One step of DDPM, in place (paper, section 3.3): mean (x - (1 - alpha)/sqrt(1 - alpha_bar) predicted) /
-/// sqrt(alpha), deviation sqrt((1 - alpha)(1 - alpha_bar_next)/(1 - alpha_bar)) times `noise`, where alpha =
-/// alpha_bar / alpha_bar_next. Without noise the deviation is left out.
-pub fn ddpm_step(
-    x: &mut [f32],
-    predicted: &[f32],
-    noise: Option<&[f32]>,
-    alpha_bar: f32,
-    alpha_bar_next: f32,
-) {
-    let alpha = alpha_bar / alpha_bar_next;
-    let (root, weight) = (1.0 / alpha.sqrt(), 1.0 - alpha);
-    let spread = (1.0 - alpha_bar).sqrt();
-    for (x, predicted) in x.iter_mut().zip(predicted) {
-        *x = root * (*x - weight * predicted / spread);
-    }
-    if let Some(noise) = noise {
-        let deviation = (weight * (1.0 - alpha_bar_next) / (1.0 - alpha_bar)).sqrt();
-        x.iter_mut().zip(noise).for_each(|(x, noise)| *x += deviation * noise);
-    }
-}
-
-/// The clean sample that `x` and the predicted noise imply: (x - sqrt(1 - alpha_bar) predicted) / sqrt(alpha_bar).
-pub fn implied_clean(x: f32, predicted: f32, alpha_bar: f32) -> f32 {
-    (x - (1.0 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
-}
-
-/// One step of DDIM, in place: the implied clean sample, noised again to the next time with the same noise.
-pub fn ddim_step(x: &mut [f32], predicted: &[f32], alpha_bar: f32, alpha_bar_next: f32) {
-    let (signal, spread) = (alpha_bar_next.sqrt(), (1.0 - alpha_bar_next).sqrt());
-    for (x, predicted) in x.iter_mut().zip(predicted) {
-        *x = signal * implied_clean(*x, *predicted, alpha_bar) + spread * predicted;
-    }
 }
 
 /// A region of the latents that is kept.
@@ -89,76 +51,50 @@ pub struct LatentStep<'a> {
     /// The sample now.
     pub x: &'a Tensor,
     /// The noise prediction of the step just made.
-    pub predicted: &'a Tensor,
+    pub predicted: &'a Prediction,
 }
 
 impl LatentSampling {
-    /// Walks from `x` to the last time. `predict(x, step)` gives the noise in x, guidance applied;
-    /// `after_step` watches.
+    /// Walks from `x` to the last time. `predict(x, step)` gives the noise in x; `after_step` watches. On a GPU a step is
+    /// one launch after the network, and waits for nothing.
     ///
     /// # Shapes
     /// `[N, h, w, C] -> [N, h, w, C]`
     ///
     /// # Errors
     /// `InvalidArgument` for fewer than two times or times that do not decrease; what the closures return.
-    pub fn run(
+    pub fn run<P: Into<Prediction>>(
         &self,
         cx: &Context,
         mut x: Tensor,
         noise: &mut dyn NoiseSource,
-        mut predict: impl FnMut(&Tensor, usize) -> Result<Tensor>,
+        mut predict: impl FnMut(&Tensor, usize) -> Result<P>,
         mut after_step: impl FnMut(LatentStep) -> Result<()>,
     ) -> Result<Tensor> {
         check_times(&self.times)?;
         for (step, pair) in self.times.windows(2).enumerate() {
             cx.check()?;
-            let (t, t_next) = (pair[0], pair[1]);
-            let (alpha_bar, alpha_bar_next) = (self.schedule.alpha_bar(t), self.schedule.alpha_bar(t_next));
-            if let Some(kept) = &self.kept {
-                kept.blend(cx, &mut x, noise, step, alpha_bar)?;
+            let t_next = pair[1];
+            let alpha_bars = [self.schedule.alpha_bar(pair[0]), self.schedule.alpha_bar(t_next)];
+            if let Some(Kept { latents, mask }) = &self.kept {
+                let fresh = normals(cx, noise, (Draw::LatentKept, step), x.dims())?;
+                let kept = KeptRegion { latents, mask };
+                x = sampler_step::keep_region(cx, x, kept, &fresh, alpha_bars[0])?;
             }
-            let predicted = predict(&x, step)?;
-            let (samples, predictions) = (x.slice_mut::<f32>()?, predicted.slice::<f32>()?);
-            match self.sampler {
-                Sampler::Ddim => ddim_step(samples, predictions, alpha_bar, alpha_bar_next),
+            let predicted = predict(&x, step)?.into();
+            x = match self.sampler {
+                Sampler::Ddim => sampler_step::ddim_step(cx, x, &predicted, alpha_bars)?,
                 Sampler::Ddpm if t_next == 0.0 => {
-                    ddpm_step(samples, predictions, None, alpha_bar, alpha_bar_next);
+                    sampler_step::ddpm_step(cx, x, &predicted, None, alpha_bars)?
                 }
                 Sampler::Ddpm => {
-                    let mut fresh = Tensor::new(cx, "sampler noise", predicted.dims(), DType::F32)?;
-                    noise.normal(self.fresh, step, &mut fresh)?;
-                    let fresh = Some(fresh.slice::<f32>()?);
-                    ddpm_step(samples, predictions, fresh, alpha_bar, alpha_bar_next);
+                    let fresh = normals(cx, noise, (self.fresh, step), x.dims())?;
+                    sampler_step::ddpm_step(cx, x, &predicted, Some(&fresh), alpha_bars)?
                 }
-            }
+            };
             after_step(LatentStep { done: step + 1, x: &x, predicted: &predicted })?;
         }
         Ok(x)
-    }
-}
-
-impl Kept {
-    /// x = mask x + (1 - mask) (the kept latents, noised to the step's time).
-    fn blend(
-        &self,
-        cx: &Context,
-        x: &mut Tensor,
-        noise: &mut dyn NoiseSource,
-        step: usize,
-        alpha_bar: f32,
-    ) -> Result<()> {
-        let channels = x.shape().channels();
-        let mut fresh = Tensor::new(cx, "inpainting noise", x.dims(), DType::F32)?;
-        noise.normal(Draw::LatentKept, step, &mut fresh)?;
-        let mut noised = Tensor::new(cx, "kept latents", x.dims(), DType::F32)?;
-        let samples = noised.slice_mut::<f32>()?;
-        samples.copy_from_slice(self.latents.slice()?);
-        diffuse(samples, fresh.slice()?, alpha_bar);
-        let rows = x.slice_mut::<f32>()?.chunks_exact_mut(channels).zip(samples.chunks_exact(channels));
-        for ((x, kept), mask) in rows.zip(self.mask.slice::<f32>()?) {
-            x.iter_mut().zip(kept).for_each(|(x, kept)| *x = *x * mask + kept * (1.0 - mask));
-        }
-        Ok(())
     }
 }
 

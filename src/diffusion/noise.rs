@@ -1,8 +1,10 @@
 //! Where random numbers come from: counter-based, so that a picture depends on its own seed alone.
 
+use crate::device::Context;
 use crate::error::Result;
-use crate::tensor::Tensor;
-use crate::tensor::rng::Philox;
+use crate::ops::sampler_step::Random;
+use crate::tensor::rng::Generators;
+use crate::tensor::{DType, Tensor};
 
 /// What a random number is for. Each use has streams of its own, one per step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,60 @@ pub trait NoiseSource {
     /// # Errors
     /// `Internal` if the source does not have them.
     fn below(&mut self, draw: Draw, step: usize, bound: u32, out: &mut Tensor) -> Result<()>;
+
+    /// What draws these numbers, if generators do: an op may then draw them where it needs them.
+    fn generators(&self, _draw: Draw, _step: usize) -> Option<Generators> {
+        None
+    }
+}
+
+/// Standard normal numbers for an op over `F32` of these dimensions.
+///
+/// # Errors
+/// As [`NoiseSource::normal`].
+pub fn normals(
+    cx: &Context,
+    noise: &mut dyn NoiseSource,
+    (draw, step): (Draw, usize),
+    dims: &[usize],
+) -> Result<Random> {
+    if let Some(generators) = noise.generators(draw, step) {
+        return Ok(Random::Drawn(generators));
+    }
+    let mut given = Tensor::new(cx, "noise", dims, DType::F32)?;
+    noise.normal(draw, step, &mut given)?;
+    Ok(Random::Given(given))
+}
+
+/// Uniform numbers for an op over a tensor of these dimensions.
+///
+/// # Errors
+/// As [`NoiseSource::uniform`].
+pub fn uniforms(
+    cx: &Context,
+    noise: &mut dyn NoiseSource,
+    (draw, step): (Draw, usize),
+    dims: &[usize],
+) -> Result<Random> {
+    match noise.generators(draw, step) {
+        Some(generators) => Ok(Random::Drawn(generators)),
+        None => uniform_tensor(cx, noise, (draw, step), dims).map(Random::Given),
+    }
+}
+
+/// Uniform numbers as a tensor.
+///
+/// # Errors
+/// As [`NoiseSource::uniform`].
+pub fn uniform_tensor(
+    cx: &Context,
+    noise: &mut dyn NoiseSource,
+    (draw, step): (Draw, usize),
+    dims: &[usize],
+) -> Result<Tensor> {
+    let mut uniforms = Tensor::new(cx, "uniform numbers", dims, DType::F32)?;
+    noise.uniform(draw, step, &mut uniforms)?;
+    Ok(uniforms)
 }
 
 /// Philox 4x32-10 with one seed per sample of the batch.
@@ -75,37 +131,25 @@ impl SeededNoise {
         SeededNoise { seeds }
     }
 
-    fn generators(&self, draw: Draw, step: usize) -> impl Iterator<Item = Philox> {
-        let stream = draw.stream(step);
-        self.seeds.iter().map(move |&seed| Philox::new(seed, stream))
+    fn of(&self, draw: Draw, step: usize) -> Generators {
+        Generators { seeds: self.seeds.clone(), stream: draw.stream(step), stride: 0 }
     }
 }
 
 impl NoiseSource for SeededNoise {
     fn normal(&mut self, draw: Draw, step: usize, out: &mut Tensor) -> Result<()> {
-        let per_sample = out.elements() / self.seeds.len().max(1);
-        let samples = out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1));
-        for (sample, generator) in samples.zip(self.generators(draw, step)) {
-            generator.fill_normal(sample, 0);
-        }
-        Ok(())
+        self.of(draw, step).fill_normal(out)
     }
 
     fn uniform(&mut self, draw: Draw, step: usize, out: &mut Tensor) -> Result<()> {
-        let per_sample = out.elements() / self.seeds.len().max(1);
-        let samples = out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1));
-        for (sample, generator) in samples.zip(self.generators(draw, step)) {
-            sample.iter_mut().zip(0..).for_each(|(u, i)| *u = generator.uniform(i));
-        }
-        Ok(())
+        self.of(draw, step).fill_uniform(out)
     }
 
     fn below(&mut self, draw: Draw, step: usize, bound: u32, out: &mut Tensor) -> Result<()> {
-        let per_sample = out.elements() / self.seeds.len().max(1);
-        let samples = out.slice_mut::<i64>()?.chunks_exact_mut(per_sample.max(1));
-        for (sample, generator) in samples.zip(self.generators(draw, step)) {
-            sample.iter_mut().zip(0..).for_each(|(token, i)| *token = generator.below(i, bound).into());
-        }
-        Ok(())
+        self.of(draw, step).fill_below(bound, out)
+    }
+
+    fn generators(&self, draw: Draw, step: usize) -> Option<Generators> {
+        Some(self.of(draw, step))
     }
 }

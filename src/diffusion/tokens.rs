@@ -2,11 +2,12 @@
 //! al. 2023, arXiv:2211.07292).
 
 use super::guidance::ramp;
-use super::noise::{Draw, NoiseSource};
+use super::noise::{Draw, NoiseSource, uniform_tensor, uniforms};
 use super::schedule::linspace;
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::ops::sampler_step::renoise;
+use crate::tensor::Tensor;
 
 /// How a token is chosen from its logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,44 +103,18 @@ impl TokenSampling {
             let choice = if step >= self.quant_from { Choice::Quant } else { self.choice };
             let asked = TokenStep { step, guidance: guidance[step], temperature: temperature[step], choice };
             let drawn = match choice {
-                Choice::Multinomial => Some(uniforms(cx, start.dims(), noise, Draw::TokenChoice, step)?),
+                Choice::Multinomial => {
+                    Some(uniform_tensor(cx, noise, (Draw::TokenChoice, step), start.dims())?)
+                }
                 Choice::Argmax | Choice::Quant => None,
             };
             tokens = choose(&tokens, asked, drawn.as_ref())?;
             after_step(step + 1, &tokens)?;
             if step < self.renoise_steps && step + 1 < times.len() {
-                let uniforms = uniforms(cx, start.dims(), noise, Draw::TokenRenoise, step)?;
+                let uniforms = uniforms(cx, noise, (Draw::TokenRenoise, step), start.dims())?;
                 tokens = renoise(cx, &tokens, start, &uniforms, times[step + 1])?;
             }
         }
         Ok(tokens)
     }
-}
-
-fn uniforms(
-    cx: &Context,
-    dims: &[usize],
-    noise: &mut dyn NoiseSource,
-    draw: Draw,
-    step: usize,
-) -> Result<Tensor> {
-    let mut uniforms = Tensor::new(cx, "uniform numbers", dims, DType::F32)?;
-    noise.uniform(draw, step, &mut uniforms)?;
-    Ok(uniforms)
-}
-
-/// Each token is put back to `random` where its uniform number is at most `t`.
-///
-/// # Shapes
-/// tokens, random `I64 [..]`, uniforms `F32 [..]` -> `I64 [..]`
-///
-/// # Errors
-/// `OutOfMemory`.
-pub fn renoise(cx: &Context, tokens: &Tensor, random: &Tensor, uniforms: &Tensor, t: f32) -> Result<Tensor> {
-    let mut noised = Tensor::new(cx, "tokens", tokens.dims(), DType::I64)?;
-    let sources = tokens.slice::<i64>()?.iter().zip(random.slice::<i64>()?).zip(uniforms.slice::<f32>()?);
-    for (out, ((token, random), u)) in noised.slice_mut::<i64>()?.iter_mut().zip(sources) {
-        *out = if *u <= t { *random } else { *token };
-    }
-    Ok(noised)
 }

@@ -33,6 +33,7 @@ pub mod residual_mlp;
 pub mod resize;
 pub mod response_expand;
 pub mod response_norm;
+pub mod sampler_step;
 pub mod scaled_residual;
 pub mod select;
 pub mod spectral_norm;

@@ -3,7 +3,7 @@
 
 use crate::device::Context;
 use crate::error::Result;
-use crate::tensor::rng::Philox;
+use crate::tensor::rng::{Generators, Philox};
 use crate::tensor::{DType, Tensor};
 
 /// What a random number is for.
@@ -88,12 +88,8 @@ impl Draws {
     /// `OutOfMemory`.
     pub fn normal(self, cx: &Context, what: Use, dims: &[usize]) -> Result<Tensor> {
         let mut out = Tensor::new(cx, "noise", dims, DType::F32)?;
-        let per_sample = out.elements() / self.count.max(1);
-        for (part, generator) in
-            out.slice_mut::<f32>()?.chunks_exact_mut(per_sample.max(1)).zip(self.generators(what))
-        {
-            generator.fill_normal(part, 0);
-        }
+        let stream = (what as u64) << 48 | self.first;
+        Generators { seeds: vec![self.seed; self.count], stream, stride: 1 }.fill_normal(&mut out)?;
         Ok(out)
     }
 

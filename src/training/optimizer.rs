@@ -105,7 +105,9 @@ pub fn step(
         // Those of a checkpoint come from the host.
         first.settle(cx)?;
         second.settle(cx)?;
-        adamw(cx, &update, parameters.master_mut(place), [first, second], gradient)?;
+        let master = parameters.master_mut(place);
+        master.settle(cx)?;
+        adamw(cx, &update, master, [first, second], gradient)?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 //! arXiv:2410.10989).
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -38,8 +39,18 @@ pub struct TokenLoss {
     pub loss: Tensor,
     /// The loss of each token, `[R]`, without its coefficient. Not tracked.
     pub of_tokens: Tensor,
-    /// How many tokens have their largest logit (the first of equal ones) at the true class.
-    pub correct: usize,
+    /// For each token 1 if its largest logit (the first of equal ones) is at the true class, else 0: `U8 [R]`.
+    pub hits: Tensor,
+}
+
+impl TokenLoss {
+    /// How many tokens have their largest logit at the true class. The host waits for a GPU.
+    ///
+    /// # Errors
+    /// Those of reading a tensor.
+    pub fn correct(&self) -> Result<usize> {
+        Ok(self.hits.slice::<u8>()?.iter().map(|&hit| usize::from(hit)).sum())
+    }
 }
 
 /// With `p = softmax(features Wᵀ)` and V classes, token t's loss is
@@ -50,7 +61,8 @@ pub struct TokenLoss {
 ///
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together, a target is none of the classes or `smoothing` is not within
-/// 0 .. 1; `OutOfMemory`; `Cancelled`.
+/// 0 .. 1; `OutOfMemory`; `Cancelled`. Targets that only a GPU knows are not looked at: one that is no class gives a loss
+/// that is no number.
 pub fn cross_entropy(
     cx: &Context,
     features: &Tensor,
@@ -59,6 +71,12 @@ pub fn cross_entropy(
 ) -> Result<TokenLoss> {
     let sizes = check(features, weight, p)?;
     let mut sums = Sums::new(cx, features, weight, sizes)?;
+    if let Some(stream) = cx.cuda()? {
+        let (of_features, of_weight) = (sums.of_features.as_mut(), sums.of_weight.as_mut());
+        let input = cuda::Input { features, weight, sizes, of_features, of_weight };
+        let cuda::Found { loss, of_tokens, hits } = cuda::losses(cx, stream, input, p)?;
+        return Ok(TokenLoss { loss: sums.record(cx, loss, features, weight)?, of_tokens, hits });
+    }
     let input = features.slice::<f32>()?;
     let chunk = (SCRATCH_ELEMENTS / sizes.classes).clamp(1, sizes.rows.max(1));
     let mut logits = Tensor::new(cx, "logits", &[chunk, sizes.classes], DType::F32)?;
@@ -81,8 +99,7 @@ pub fn cross_entropy(
     }
     let weighted = losses.iter().zip(p.coefficients).map(|(&loss, &c)| f64::from(loss) * f64::from(c));
     let loss = Tensor::from_slice(&[1], &[weighted.sum::<f64>() as f32])?;
-    let correct = right.iter().map(|&hit| usize::from(hit)).sum();
-    Ok(TokenLoss { loss: sums.record(cx, loss, features, weight)?, of_tokens, correct })
+    Ok(TokenLoss { loss: sums.record(cx, loss, features, weight)?, of_tokens, hits })
 }
 
 /// Sizes that are known to fit together.
@@ -116,6 +133,9 @@ fn check(features: &Tensor, weight: &Tensor, p: &CrossEntropy) -> Result<Sizes> 
     if !(0.0..=1.0).contains(&p.smoothing) {
         return Err(Error::argument("cross_entropy smoothing", "a share within 0 .. 1", p.smoothing));
     }
+    if p.targets.dtype() == DType::I64 && !p.targets.is_on_host() {
+        return Ok(Sizes { rows, channels, classes });
+    }
     let targets = p.targets.slice::<i64>()?;
     let is_class = |&target: &i64| usize::try_from(target).is_ok_and(|target| target < classes);
     if let Some(place) = targets.iter().position(|target| !is_class(target)) {
@@ -136,12 +156,11 @@ impl Sums {
     fn new(cx: &Context, features: &Tensor, weight: &Tensor, sizes: Sizes) -> Result<Self> {
         let of = |what, x: &Tensor| {
             let wanted = records(cx, &[Some(x)]);
-            wanted.then(|| Tensor::new(cx, what, x.dims(), DType::F32)).transpose()
+            // Without rows nothing is added.
+            let new = if sizes.rows == 0 { Tensor::zeros } else { Tensor::new };
+            wanted.then(|| new(cx, what, x.dims(), DType::F32)).transpose()
         };
-        let mut of_weight = of("a weight's gradient", weight)?;
-        if sizes.rows == 0 {
-            of_weight.iter_mut().try_for_each(|dw| dw.slice_mut().map(|dw: &mut [f32]| dw.fill(0.0)))?;
-        }
+        let of_weight = of("a weight's gradient", weight)?;
         Ok(Sums { sizes, of_features: of("features' gradient", features)?, of_weight })
     }
 
@@ -178,12 +197,15 @@ impl Sums {
         record(cx, loss, &[Some(features), Some(weight)], || {
             let (to_features, to_weight) = (features.tracked(), weight.tracked());
             move |cx, flow| {
-                let by = flow.gradient().slice::<f32>()?[0];
+                let scaled = |x: Tensor, by: &Tensor| match cx.cuda()? {
+                    Some(stream) => cuda::scaled_by(cx, stream, x, by),
+                    None => scale(cx, x, by.slice::<f32>()?[0]),
+                };
                 if let Some(dx) = self.of_features {
-                    flow.give(cx, to_features, |_| scale(cx, dx, by))?;
+                    flow.give(cx, to_features, |by| scaled(dx, by))?;
                 }
                 if let Some(dw) = self.of_weight {
-                    flow.give(cx, to_weight, |_| scale(cx, dw, by))?;
+                    flow.give(cx, to_weight, |by| scaled(dw, by))?;
                 }
                 Ok(())
             }

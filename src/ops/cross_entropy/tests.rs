@@ -1,7 +1,10 @@
 //! Loss, accuracy and gradients against the definition in f64.
 
 use super::*;
-use crate::ops::check::{cast, close, cx, gradients, on_threads, random, wide};
+use crate::device::cuda::Precision;
+use crate::ops::check::{
+    self, cast, close, cuda, cx, gradients, gradients_on_device, moved, on_device, on_threads, random, wide,
+};
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 /// The losses of tokens, and for each whether the largest logit is the target's.
@@ -52,7 +55,7 @@ fn agrees_with_the_definition() {
             let found = cross_entropy(&cx(), &x, &w, &p).unwrap();
             let sum = losses.iter().zip(&coefficients).map(|(l, &c)| l * f64::from(c)).sum();
             close(&found.loss, &[1], &[sum], 1e-6);
-            assert_eq!(found.correct, expected.iter().filter(|(_, right)| *right).count());
+            assert_eq!(found.correct().unwrap(), expected.iter().filter(|(_, right)| *right).count());
             assert!(found.loss.tracked().is_none());
         }
     }
@@ -117,7 +120,7 @@ fn large_logits_do_not_overflow() {
     let p = CrossEntropy { targets: &truth, coefficients: &[1.0; 2], smoothing: 0.0 };
     let found = cross_entropy(&cx(), &x, &w, &p).unwrap();
     close(&found.of_tokens, &[2], &[0.0, 2000.0], 1e-7);
-    assert_eq!(found.correct, 1);
+    assert_eq!(found.correct().unwrap(), 1);
 }
 
 #[test]
@@ -130,7 +133,7 @@ fn no_tokens_have_no_loss() {
     let mut gradients = Gradients::default();
     tape.backward_from(&cx, &found.loss, 1.0, &mut gradients).unwrap();
     assert_eq!(wide(gradients.get(1).unwrap()), [0.0; 12]);
-    assert_eq!((wide(&found.loss), found.correct), (vec![0.0], 0));
+    assert_eq!((wide(&found.loss), found.correct().unwrap()), (vec![0.0], 0));
 }
 
 #[test]
@@ -151,4 +154,34 @@ fn what_does_not_fit_is_refused() {
     fails(&w, &[0, 0], ones, f32::NAN, &["smoothing", "NaN"]);
     fails(&random(&[4, 2], 3), &[0, 0], ones, 0.0, &["weight", "[V, 3]"]);
     fails(&random(&[0, 3], 3), &[0, 0], ones, 0.0, &["weight", "[V, 3]"]);
+}
+
+#[test]
+fn a_gpu_answers_without_asking_the_host() {
+    for ([rows, channels, classes], precision, tolerance) in [
+        ([1usize, 1, 1], Precision::F32, 1e-6),
+        ([40, 65, 300], Precision::F32, 1e-6),
+        ([40, 65, 300], Precision::BF16, 2e-2),
+        ([3, 4, 12_000], Precision::F32, 1e-6),
+        ([2000, 3, 9000], Precision::F32, 1e-6),
+    ] {
+        let inputs = [random(&[rows, channels], 1), random(&[classes, channels], 2)];
+        let (targets, coefficients) = (targets(rows, classes), coefficients(rows));
+        let truth = Tensor::from_slice(&[rows], &targets).unwrap();
+        let op = |cx: &Context, t: &[Tensor], of_tokens: bool| {
+            let p = CrossEntropy { targets: &t[2], coefficients: &coefficients, smoothing: 0.1 };
+            let found = cross_entropy(cx, &t[0], &t[1], &p)?;
+            Ok(if of_tokens { found.of_tokens } else { found.loss })
+        };
+        for of_tokens in [false, true] {
+            let all = [&inputs[0], &inputs[1], &truth];
+            on_device(&all, &[(precision, tolerance)], |cx, t| op(cx, t, of_tokens));
+        }
+        gradients_on_device(&inputs, |cx, t| op(cx, &[t[0].clone(), t[1].clone(), moved(cx, &truth)], false));
+        // Which tokens are right.
+        let Some(cx) = cuda(Precision::F32) else { continue };
+        let p = CrossEntropy { targets: &truth, coefficients: &coefficients, smoothing: 0.0 };
+        let right = |cx: &Context| cross_entropy(cx, &inputs[0], &inputs[1], &p).unwrap().correct().unwrap();
+        assert!(right(&cx).abs_diff(right(&check::cx())) <= rows / 100);
+    }
 }

@@ -1,10 +1,10 @@
 //! Guidance as batches: what is generated and what it is guided away from, side by side.
 
 use crate::device::Context;
-use crate::diffusion::guidance::guide;
+use crate::diffusion::latents::Prediction;
 use crate::error::{Error, Result};
 use crate::ops::batch::concat;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The conditioning `C` of `n` samples and, where guidance is on, of their unconditional twins.
 ///
@@ -105,23 +105,18 @@ impl<C> Guided<C> {
         }
     }
 
-    /// The guided output: unconditional + weight (conditional - unconditional).
+    /// The outputs as a prediction of this weight.
     ///
     /// # Errors
     /// As [`Guided::run`].
-    pub fn run_guided(
+    pub fn predict(
         &self,
         cx: &Context,
         x: &Tensor,
         weight: f32,
         forward: impl Fn(&Tensor, &C) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    ) -> Result<Prediction> {
         let (conditional, unconditional) = self.run(cx, x, forward)?;
-        let Some(unconditional) = unconditional else { return Ok(conditional) };
-        let mut guided = Tensor::new(cx, "guided prediction", conditional.dims(), DType::F32)?;
-        let values = guided.slice_mut::<f32>()?;
-        values.copy_from_slice(conditional.slice()?);
-        guide(values, unconditional.slice()?, weight);
-        Ok(guided)
+        Ok(Prediction { conditional, unconditional: unconditional.map(|twins| (twins, weight)) })
     }
 }

@@ -77,7 +77,7 @@ impl<'a> LatentWalk<'a> {
         noise.normal(Draw::DecoderStart, 0, &mut x)?;
         let predict = |x: &Tensor, step: usize| {
             let modulations = self.modulations.at(step)?;
-            guided.run_guided(self.cx, x, self.guidance, |x, (attended, injected, replay)| {
+            guided.predict(self.cx, x, self.guidance, |x, (attended, injected, replay)| {
                 modulated(self.cx, replay, x, &modulations, |cx, x, modulations| {
                     network.forward(cx, x, Conditioning { modulations, attended }, injected)
                 })

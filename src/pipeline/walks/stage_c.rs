@@ -5,11 +5,12 @@ use std::ops::Range;
 use super::guided::Texts;
 use super::{is_guided, modulated};
 use crate::device::Context;
-use crate::diffusion::latents::{Kept, LatentSampling, LatentStep, diffuse, implied_clean};
-use crate::diffusion::noise::{Draw, NoiseSource};
+use crate::diffusion::latents::{Kept, LatentSampling, LatentStep};
+use crate::diffusion::noise::{Draw, NoiseSource, normals};
 use crate::error::{Error, Result};
 use crate::image::to_mask;
 use crate::ops::batch::concat;
+use crate::ops::sampler_step::{diffuse, implied_clean};
 use crate::pipeline::generate_options::{GenerateOptions, Init, InitFrom};
 use crate::pipeline::halves::Prior;
 use crate::pipeline::model::Model;
@@ -120,7 +121,7 @@ impl<'a> StageCWalk<'a> {
         })?;
         let predict = |x: &Tensor, step: usize| {
             let modulations = self.modulations.at(step)?;
-            guided.run_guided(self.cx, x, self.guidance, |x, (attended, replay)| {
+            guided.predict(self.cx, x, self.guidance, |x, (attended, replay)| {
                 modulated(self.cx, replay, x, &modulations, |cx, x, modulations| {
                     network.forward(cx, x, Conditioning { modulations, attended })
                 })
@@ -141,12 +142,11 @@ impl<'a> StageCWalk<'a> {
         let mut x = Tensor::new(self.cx, "latents", &dims, DType::F32)?;
         match (&self.start, &self.sampling.kept) {
             (Some(latents), None) => {
-                let mut fresh = Tensor::new(self.cx, "noise", &dims, DType::F32)?;
-                noise.normal(Draw::LatentStart, 0, &mut fresh)?;
                 x = one_each(self.cx, latents, pictures)?;
                 if self.steps() > 0 {
+                    let fresh = normals(self.cx, noise, (Draw::LatentStart, 0), &dims)?;
                     let alpha_bar = self.sampling.schedule.alpha_bar(self.sampling.times[0]);
-                    diffuse(x.slice_mut()?, fresh.slice()?, alpha_bar);
+                    x = diffuse(self.cx, x, &fresh, alpha_bar)?;
                 }
             }
             _ => noise.normal(Draw::LatentStart, 0, &mut x)?,
@@ -165,13 +165,7 @@ impl<'a> StageCWalk<'a> {
 
 /// What the first sample of a walk would be without its noise.
 pub(super) fn implied_clean_sample(cx: &Context, step: &LatentStep, alpha_bar: f32) -> Result<Tensor> {
-    let (x, predicted) = (step.x.narrow(0, 1)?, step.predicted.narrow(0, 1)?);
-    let mut clean = Tensor::new(cx, "latents", x.dims(), DType::F32)?;
-    let pairs = x.slice::<f32>()?.iter().zip(predicted.slice::<f32>()?);
-    for (clean, (x, predicted)) in clean.slice_mut::<f32>()?.iter_mut().zip(pairs) {
-        *clean = implied_clean(*x, *predicted, alpha_bar);
-    }
-    Ok(clean)
+    implied_clean(cx, &step.x.narrow(0, 1)?, &step.predicted.narrow(0, 1)?, alpha_bar)
 }
 
 /// What the options start from, as Stage B takes it: one entry for all pictures or one for each.

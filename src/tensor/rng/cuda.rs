@@ -17,6 +17,12 @@ pub(crate) struct DeviceGenerators {
     stream: u64,
     stride: u64,
 }
+
+impl DeviceGenerators {
+    /// In the place of some.
+    pub const NONE: Self = DeviceGenerators { keys: 0, stream: 0, stride: 0 };
+}
+
 // SAFETY: laid out as `Generators` in kernel.cuh.
 unsafe impl Parameter for DeviceGenerators {}
 

@@ -134,7 +134,7 @@ impl Task for StageBTask {
         pass.backward(&tape, &found.loss)?;
         Ok(Measured {
             loss: f64::from(found.loss.slice::<f32>()?[0]),
-            accuracy: found.correct as f64 / tokens.elements() as f64,
+            accuracy: found.correct()? as f64 / tokens.elements() as f64,
             seen: training.into_seen(),
         })
     }
