@@ -57,7 +57,7 @@ fn with_zero_twin(cx: &Context, latents: &Tensor, twins: bool) -> Result<Tensor>
 /// `Format`, naming the tensor, if `x` is not finite because a weight is not; `InvalidArgument` if the weights
 /// are finite and the options have driven the values out of range.
 pub(super) fn check_finite(x: &Tensor, stage: &str, weights: &Weights) -> Result<()> {
-    if x.slice::<f32>()?.iter().all(|v| v.is_finite()) {
+    if is_finite(x)? {
         return Ok(());
     }
     Err(not_finite(stage, &[weights]))
@@ -68,10 +68,18 @@ pub(super) fn check_finite(x: &Tensor, stage: &str, weights: &Weights) -> Result
 /// # Errors
 /// As there.
 pub(super) fn check_finite_latents(x: &Tensor, prior: &Prior) -> Result<()> {
-    if x.slice::<f32>()?.iter().all(|v| v.is_finite()) {
+    if is_finite(x)? {
         return Ok(());
     }
     Err(not_finite("Stage C", &prior.stage_c_weights().collect::<Vec<_>>()))
+}
+
+fn is_finite(x: &Tensor) -> Result<bool> {
+    Ok(match x.dtype() {
+        DType::F16 => x.slice::<half::f16>()?.iter().all(|v| v.is_finite()),
+        DType::BF16 => x.slice::<half::bf16>()?.iter().all(|v| v.is_finite()),
+        _ => x.slice::<f32>()?.iter().all(|v| v.is_finite()),
+    })
 }
 
 /// Why an output is not finite: the first weight that is not, or the options.

@@ -50,7 +50,9 @@ pub fn channel_norm(cx: &Context, x: &Tensor) -> Result<Tensor> {
 pub fn timestep_embedding(cx: &Context, times: &[f32], width: usize) -> Result<Tensor> {
     let half = width / 2;
     let decay = -((TIME_POSITIONS as f64).ln() / (half as f64 - 1.0)) as f32;
-    let mut embedded = Tensor::zeros(cx, "timestep embedding", &[times.len(), width], DType::F32)?;
+    let mut embedded = Tensor::new(cx, "timestep embedding", &[times.len(), width], DType::F32)?;
+    // Of an odd width, the last number stays so.
+    embedded.slice_mut::<f32>()?.fill(0.0);
     for (row, &time) in embedded.slice_mut::<f32>()?.chunks_exact_mut(width).zip(times) {
         for i in 0..half {
             let frequency = ((i as f32 * decay) as f64).exp() as f32;
