@@ -23,6 +23,8 @@ use crate::tensor::Tensor;
 const LATENT_POSITIONS_AT_ONCE: usize = 4096;
 /// The same for Stage B's finest grid.
 const TOKEN_POSITIONS_AT_ONCE: usize = 8192;
+/// How much more of both goes through at once on a GPU, which a few thousand rows do not fill.
+const TIMES_MORE_ON_GPU: usize = 8;
 /// Prompts that go through the text tower at once.
 const PROMPTS_AT_ONCE: usize = 16;
 
@@ -157,7 +159,7 @@ impl Run<'_> {
         let walk = StageCWalk::new(self.model, self.options, &self.cx, (h, w))?;
         let prior = self.model.prior()?;
         let mut latents = Vec::with_capacity(requests.len());
-        let at_once = (LATENT_POSITIONS_AT_ONCE / (2 * h * w)).max(1);
+        let at_once = self.at_once(LATENT_POSITIONS_AT_ONCE, h * w);
         let chunks = requests.len().div_ceil(at_once);
         for (chunk, requests) in requests.chunks(at_once).enumerate() {
             let select = |texts: &[Tensor], guided| self.select(texts, requests, guided);
@@ -190,7 +192,7 @@ impl Run<'_> {
     fn pictures(&self, texts: &[Tensor], requests: &[Request], latents: &[Tensor]) -> Result<Vec<Image>> {
         let decoder = self.model.decoder()?;
         let walk = StageBWalk::new(self.model, self.options, &self.cx, self.latent_grid())?;
-        let at_once = (TOKEN_POSITIONS_AT_ONCE / (2 * walk.positions())).max(1);
+        let at_once = self.at_once(TOKEN_POSITIONS_AT_ONCE, walk.positions());
         let (total, chunks) = (requests.len(), requests.len().div_ceil(at_once));
         let mut images = Vec::new();
         images.try_reserve_exact(total).map_err(|_| Error::out_of_memory("pictures", total))?;
@@ -239,6 +241,14 @@ impl Run<'_> {
         let pixels = decoder.pixels(&self.cx, tokens_or_latents)?;
         check_finite(&pixels, "Stage A", &decoder.stage_a.weights)?;
         from_pixels(&pixels)
+    }
+
+    /// How many pictures of so many positions each go through a stage at once, of `positions` in all on the CPU.
+    fn at_once(&self, positions: usize, of_picture: usize) -> usize {
+        let inner = &self.model.inner;
+        let roomy_gpu = inner.device.accelerator().is_some() && !inner.fills_gpu;
+        let times = if roomy_gpu { TIMES_MORE_ON_GPU } else { 1 };
+        (times * positions / (2 * of_picture)).max(1)
     }
 
     fn tell(&self, stage: Stage, step: u32, steps: u32, preview: Option<Image>) {

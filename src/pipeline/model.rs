@@ -39,7 +39,7 @@ pub(super) struct Inner {
     pub geometry: Geometry,
     residency: Residency,
     /// Whether the weights of all stages together take more of a GPU than is good.
-    fills_gpu: bool,
+    pub fills_gpu: bool,
     log: Option<(LogLevel, super::LogFn)>,
 }
 
