@@ -4,7 +4,7 @@
 //! of work on it, with memory of its own: one thread at a time uses it, through a [`Context`](super::Context). What is
 //! freed is used again by what comes later in the same stream, so nothing waits for the device.
 //!
-//! `unsafe` calls into NVIDIA's libraries stand in this folder and in the `cuda.rs` of ops, nowhere else.
+//! `unsafe` calls into NVIDIA's libraries stand in this folder and in the `cuda` modules of ops, nowhere else.
 
 mod accelerator;
 mod cache;

@@ -371,7 +371,11 @@ fn gradients_on(cx: &Context, case: &Case) -> (Vec<Tensor>, u64) {
 #[test]
 fn gradients_agree_on_a_device() {
     let Some(cx) = check::cuda(Precision::F32) else { return };
-    for case in device_cases() {
+    let shared_bytes = cx.cuda().unwrap().unwrap().gpu().info().shared_bytes;
+    // GPUs before sm_80 have no room for the gradient of the largest heads.
+    for case in
+        device_cases().into_iter().filter(|case| shared_bytes > 64 << 10 || case.width / case.heads <= 128)
+    {
         let (here, _) = gradients_on(&check::cx(), &case);
         let (there, _) = gradients_on(&cx, &case);
         for (here, there) in here.iter().zip(&there) {

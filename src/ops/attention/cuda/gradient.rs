@@ -8,7 +8,7 @@ use super::super::gradient::Kept;
 use super::{Arguments, is_wide, too_deep};
 use crate::device::Context;
 use crate::device::cuda::{Launch, Parameter, Precision, Stream, Taken, kernels};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
 kernels!(KERNELS, "attention_gradient", "attention.cuh");
@@ -77,6 +77,10 @@ struct Pass<'a> {
 }
 
 /// The gradients from that of the result, `dy`.
+///
+/// # Errors
+/// `Unsupported` for D above 256, and above 128 on GPUs with 64 KiB of shared memory (before sm_80); `OutOfMemory`;
+/// `Device`.
 pub fn gradients(
     cx: &Context,
     stream: &Arc<Stream>,
@@ -179,6 +183,12 @@ impl Pass<'_> {
             return Ok(());
         }
         let launch = self.version.launch(blocks, 2 * (own + queries), self.version.keys);
+        let most = self.stream.gpu().info().shared_bytes;
+        if launch.shared_bytes > most {
+            let what = format!("attention gradient: heads of {} channels", self.arguments.call.depth);
+            let reason = format!("{} has {most} bytes of shared memory for them", self.stream.gpu().label());
+            return Err(Error::unsupported(what, reason));
+        }
         let parameters: [&dyn Parameter; 2] = [&self.arguments.call, &self.known];
         // SAFETY: as the kernel declares; the gradients are laid out as keys and values are.
         unsafe { self.stream.launch(&KERNELS, self.version.of_keys, None, launch, &parameters) }
