@@ -156,7 +156,11 @@ mod tests {
                     match sums.values {
                         Values::Host(sums) => here.copy_from_slice(sums.values()),
                         Values::Device(mut sums) => {
-                            sums.change(&cx, |values| Ok(here.copy_from_slice(values))).unwrap();
+                            let read = |values: &mut [f64]| {
+                                here.copy_from_slice(values);
+                                Ok(())
+                            };
+                            sums.change(&cx, read).unwrap();
                         }
                     }
                     assert!(here.iter().zip(expected).all(|(a, e)| (a - *e).abs() < 1e-9));
