@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::image::{Fit, Image, preprocess, to_pixels};
 use crate::nn::Mode;
 use crate::ops::kernels::widened;
+use crate::ops::widen::widen;
 use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
 
@@ -33,7 +34,11 @@ impl Model {
         run_apart_with_reserve("a call of a stage", super::LISTS_BYTES, || {
             // A stream belongs to a context: nobody else may use it before the result is out.
             let cx = self.context();
-            work(&cx)?.detached()
+            let found = work(&cx)?;
+            match found.dtype().is_float() {
+                true => widen(&cx, &found)?.detached(),
+                false => found.detached(),
+            }
         })
     }
 
@@ -82,7 +87,7 @@ impl Model {
         let (height, width) = self.inner.geometry.encoder_size(width, height);
         let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
         let pixels = preprocess(cx, &images, [height, width], Fit::Stretch, &part.normalisation)?;
-        let mut latents = part.encoder.network.forward(cx, &pixels, Mode::Inference)?;
+        let mut latents = widen(cx, &part.encoder.network.forward(cx, &pixels, Mode::Inference)?)?;
         check_finite(&latents, "image encoder", &part.encoder.weights)?;
         if let Some(prior) = &self.inner.halves.prior {
             prior.scaling.apply(latents.slice_mut()?);

@@ -156,11 +156,11 @@ mod tests {
                     match sums.values {
                         Values::Host(sums) => here.copy_from_slice(sums.values()),
                         Values::Device(mut sums) => {
-                            let read = |values: &mut [f64]| {
+                            sums.change(&cx, |values| {
                                 here.copy_from_slice(values);
                                 Ok(())
-                            };
-                            sums.change(&cx, read).unwrap();
+                            })
+                            .unwrap();
                         }
                     }
                     assert!(here.iter().zip(expected).all(|(a, e)| (a - *e).abs() < 1e-9));
