@@ -249,22 +249,6 @@ fn backward(
     found
 }
 
-/// Panics unless `op` and its backward pass give every input a gradient on a GPU, where they are before, and the host
-/// reads nothing back.
-pub fn backward_on_device(inputs: &[&Tensor], op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>) {
-    let Some(cx) = cuda(Precision::F32) else { return };
-    let there = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(&moved(&cx, x), i));
-    let there: Vec<Tensor> = there.collect();
-    let (stream, tape) = (cx.cuda().unwrap().unwrap().clone(), Tape::new());
-    let before = stream.downloads();
-    let out = op(&tape.attach(&cx), &there).unwrap();
-    let g = moved(&cx, &random(out.dims(), 4711));
-    let mut found = autograd::Gradients::default();
-    tape.backward(&cx, &[(&out, g)], &mut found).unwrap();
-    assert_eq!(stream.downloads(), before, "the host read from the device");
-    (0..inputs.len()).for_each(|i| assert!(found.get(i).is_some(), "no gradient reached input {i}"));
-}
-
 /// Panics unless 1, 2 and 5 threads find the same bits for the gradients of `op` for every input.
 pub fn gradients_on_threads(inputs: &[Tensor], op: impl Fn(&Context, &[Tensor]) -> Result<Tensor>) {
     let leaves: Vec<Tensor> = inputs.iter().enumerate().map(|(i, x)| autograd::leaf(x, i)).collect();

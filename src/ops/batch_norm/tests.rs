@@ -82,7 +82,7 @@ fn gradients_are_those_of_the_definition() {
             |cx, x| Ok(batch_norm(cx, &x[0], &BatchNorm { weight: &x[1], bias: &x[2], eps: 0.1 }, None)?.0),
             |x| definition(&x[0], &x[1], &x[2], eps)[0].clone(),
         );
-        check::backward_on_device(&[&x, &weight, &bias], |cx, x| {
+        check::gradients_on_device(&[x.clone(), weight.clone(), bias.clone()], |cx, x| {
             Ok(batch_norm(cx, &x[0], &BatchNorm { weight: &x[1], bias: &x[2], eps: 0.1 }, None)?.0)
         });
         // Beside the result also its input, as in a residual block, and constant parameters.

@@ -29,7 +29,7 @@ const TILE: usize = 128;
 const BLOCKS: usize = 128;
 /// A product is summed in at most so many parts, of at least so many rows each.
 const MOST_PARTS: usize = 32;
-const LEAST_ROWS: usize = 512;
+const LEAST_ROWS: usize = if cfg!(test) { 16 } else { 512 };
 
 /// As the source has it.
 #[repr(C)]
@@ -65,13 +65,12 @@ struct Patches<'a> {
 }
 
 impl<'a> Patches<'a> {
-    /// Of `x` as `precision`, for `rows` pixels of the result.
+    /// Of `x` as `dtype`, for `rows` pixels of the result.
     fn new(
         cx: &Context,
         stream: &'a Arc<Stream>,
         sizes: &'a Sizes,
-        x: &Tensor,
-        dtype: DType,
+        (x, dtype): (&Tensor, DType),
         rows: usize,
     ) -> Result<Self> {
         let precision = dtype.precision().unwrap_or(Precision::F32);
@@ -120,8 +119,7 @@ impl<'a> Patches<'a> {
 pub fn compute(
     cx: &Context,
     stream: &Arc<Stream>,
-    x: &Tensor,
-    weight: &Tensor,
+    [x, weight]: [&Tensor; 2],
     epilogue: &Epilogue,
     sizes: &Sizes,
 ) -> Result<Tensor> {
@@ -160,7 +158,7 @@ pub fn compute(
         unsafe { stream.multiply(&product([rows, outputs, sizes.inputs], a, b, result(0), tail))? };
         return Ok(out);
     }
-    let mut patches = Patches::new(cx, stream, sizes, x, dtype, rows)?;
+    let mut patches = Patches::new(cx, stream, sizes, (x, dtype), rows)?;
     let filters = order(cx, stream, weight, dtype, patches.leading)?;
     let filters = Matrix {
         address: filters.on(cx, stream)?.address(),
@@ -232,7 +230,7 @@ pub fn weight_gradient(
 ) -> Result<Tensor> {
     let (Sizes { inputs, outputs, kernel: [kh, kw], .. }, dtype) = (*sizes, DType::F32);
     let rows = dy.elements().checked_div(outputs).unwrap_or(0);
-    let mut patches = Patches::new(cx, stream, sizes, x, dtype, rows)?;
+    let mut patches = Patches::new(cx, stream, sizes, (x, dtype), rows)?;
     let leading = patches.leading;
     let dy = dy.on_as(cx, stream, "a convolution's gradient", Precision::F32)?;
     let parts = parts(outputs, leading, patches.most);

@@ -53,7 +53,7 @@ pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
 /// [`conv2d`] without a tape.
 fn compute(cx: &Context, x: &Tensor, weight: &Tensor, epilogue: &Epilogue, sizes: &Sizes) -> Result<Tensor> {
     if let Some(stream) = cx.cuda()? {
-        return cuda::compute(cx, stream, x, weight, epilogue, sizes);
+        return cuda::compute(cx, stream, [x, weight], epilogue, sizes);
     }
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     let per_sample = sizes.out_height * sizes.out_width;

@@ -79,8 +79,7 @@ impl Band {
 pub fn compute(
     cx: &Context,
     stream: &Arc<Stream>,
-    x: &Tensor,
-    weight: &Tensor,
+    [x, weight]: [&Tensor; 2],
     bias: Option<&Tensor>,
     sizes: &Sizes,
 ) -> Result<Tensor> {

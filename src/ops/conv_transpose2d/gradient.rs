@@ -103,7 +103,7 @@ mod tests {
                 let p = ConvTranspose2d { weight: &t[1], bias: Some(&t[2]), stride, padding };
                 conv_transpose2d(cx, &t[0], &p)
             };
-            check::backward_on_device(&inputs.each_ref(), op);
+            check::gradients_on_device(&inputs, op);
             check::gradients(&inputs, op, |v| naive(&sizes, &v[0], &v[1], &v[2]));
             let op = |cx: &Context, t: &[Tensor]| {
                 conv_transpose2d(cx, &t[0], &ConvTranspose2d { weight: &t[1], bias: None, stride, padding })

@@ -56,7 +56,7 @@ fn compute(
     sizes: &Sizes,
 ) -> Result<Tensor> {
     if let Some(stream) = cx.cuda()? {
-        return cuda::compute(cx, stream, x, weight, bias, sizes);
+        return cuda::compute(cx, stream, [x, weight], bias, sizes);
     }
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
     let input = x.slice::<f32>()?;

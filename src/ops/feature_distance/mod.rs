@@ -184,7 +184,7 @@ mod tests {
     fn gradients_are_those_of_the_definition() {
         for dims in [[1usize, 1, 1, 2], [2, 3, 2, 5], [1, 2, 1, 19]] {
             let w = check::random(&[dims[3]], 3);
-            check::backward_on_device(&[&check::random(&dims, 1), &check::random(&dims, 2)], |cx, x| {
+            check::gradients_on_device(&[check::random(&dims, 1), check::random(&dims, 2)], |cx, x| {
                 feature_distance(cx, &x[0], &x[1], &check::moved(cx, &w))
             });
             check::gradients(

@@ -90,7 +90,9 @@ impl Fixed {
 mod tests {
     use super::*;
     use crate::device::cuda::Precision;
-    use crate::ops::check::{backward_on_device, cast, close, cx, gradients, moved, on_device, random, wide};
+    use crate::ops::check::{
+        cast, close, cx, gradients, gradients_on_device, moved, on_device, random, wide,
+    };
     use crate::tensor::DType;
 
     #[test]
@@ -128,7 +130,7 @@ mod tests {
             let p = FixedNorm { weight: &x[0], bias: &x[1], mean: &mean, variance: &variance, eps: 1e-3 };
             Ok(fold_norm(cx, &p)?[1].clone())
         };
-        backward_on_device(&[&random(&[5], 1), &random(&[5], 2)], |cx, x| {
+        gradients_on_device(&[random(&[5], 1), random(&[5], 2)], |cx, x| {
             let [mean, variance] = [&mean, &variance].map(|x| moved(cx, x));
             let p = FixedNorm { weight: &x[0], bias: &x[1], mean: &mean, variance: &variance, eps: 1e-3 };
             Ok(fold_norm(cx, &p)?[1].clone())

@@ -151,8 +151,7 @@ pub fn gradient(
     stream: &Arc<Stream>,
     [g, weight]: [&Tensor; 2],
     sides: [usize; 2],
-    directions: &Directions,
-    sigma: &Numbers,
+    (directions, sigma): (&Directions, &Numbers),
 ) -> Result<Tensor> {
     let work = Work::new(cx, stream, weight, sides)?;
     let of_g = g.on_as(cx, stream, "a gradient", Precision::F32)?;

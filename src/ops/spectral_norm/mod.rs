@@ -59,7 +59,7 @@ pub fn spectral_norm(cx: &Context, weight: &Tensor, directions: &Directions) -> 
         move |cx, flow| {
             flow.give(cx, weight.tracked(), |g| match (&sigma, cx.cuda()?) {
                 (Sigma::Device(sigma), Some(stream)) => {
-                    cuda::gradient(cx, stream, [g, &weight], sides, &directions, sigma)
+                    cuda::gradient(cx, stream, [g, &weight], sides, (&directions, sigma))
                 }
                 (Sigma::Host(sigma), None) => {
                     cpu::Matrix::new(cx, &weight, sides)?.gradient(cx, g, &directions, *sigma)
@@ -197,7 +197,7 @@ mod tests {
             let weight = check::cast(&check::random(dims, 1), dtype);
             let start = directions(dims[0], weight.elements() / dims[0]);
             let settled = power_iteration(&check::cx(), &weight, &start).unwrap();
-            check::backward_on_device(&[&weight], |cx, x| {
+            check::gradients_on_device(std::slice::from_ref(&weight), |cx, x| {
                 let [u, v] = [&settled.u, &settled.v].map(|x| check::moved(cx, x));
                 spectral_norm(cx, &x[0], &Directions { u, v })
             });
