@@ -172,7 +172,7 @@ impl Blas {
     /// # Safety
     /// As [`Stream::multiply`].
     pub unsafe fn multiply(&mut self, stream: &Stream, p: &Product) -> Result<Option<Tail>> {
-        if p.k == 0 {
+        if p.k == 0 || i32::try_from(p.batches()).is_err() {
             return Ok(None);
         }
         let _bound = self.gpu.bind()?;
@@ -344,7 +344,7 @@ impl Layout {
         check("cublasLtMatrixLayoutCreate", status)?;
         let layout = Layout(raw);
         if key.batch > 1 {
-            layout.set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &i32::try_from(key.batch).unwrap_or(i32::MAX))?;
+            layout.set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &(key.batch as i32))?;
             layout.set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &(key.strides[which] as i64))?;
         }
         Ok(layout)
