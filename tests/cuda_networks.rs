@@ -1,7 +1,7 @@
 //! The networks and walks against the reference, once more on a GPU, in f32: the same tests as on the CPU.
 //! Paths, so that what they share is found where it lies.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::duplicate_mod)]
 
 #[path = "diffnext.rs"]
 mod diffnext;

@@ -20,7 +20,7 @@ pub use memory::{ALIGNMENT, Buffer, Pool};
 pub use reduce::Reduce;
 
 use crate::error::{Error, Result};
-use cuda::{Accelerator, Stream};
+use cuda::{Accelerator, Precision, Stream};
 use scratch::SharedMut;
 use threads::ThreadPool;
 
@@ -64,15 +64,16 @@ impl Device {
         Ok(Device { inner: Arc::new(inner) })
     }
 
-    /// The device as training needs it: a GPU that keeps activations in F32, with streams and weights of its own. The
-    /// CPU is the same.
+    /// The device as training needs it: a GPU that keeps activations in F32 and rounds factors of products to `factors`,
+    /// with streams and weights of its own. The CPU is the same.
     ///
     /// # Errors
     /// `OutOfMemory` if threads cannot be started.
-    pub fn for_training(&self) -> Result<Self> {
+    pub fn for_training(&self, factors: Precision) -> Result<Self> {
         match self.accelerator() {
-            Some(on) if on.precision() != cuda::Precision::F32 => {
-                Self::cuda(Accelerator::new(on.gpu().clone(), cuda::Precision::F32), self.threads())
+            Some(on) if on.precision() != Precision::F32 || factors != Precision::F32 => {
+                let accelerator = Accelerator::new(on.gpu().clone(), Precision::F32).with_factors(factors);
+                Self::cuda(accelerator, self.threads())
             }
             _ => Ok(self.clone()),
         }

@@ -3,7 +3,7 @@
 use super::Params;
 use crate::device::Context;
 use crate::error::Result;
-use crate::ops::linear::{Activation, Epilogue, linear};
+use crate::ops::linear::{Activation, Epilogue, ResultType, linear};
 use crate::ops::residual_mlp::Dense;
 use crate::tensor::Tensor;
 
@@ -69,6 +69,14 @@ impl Linear {
     /// `InvalidArgument` for other inputs; `OutOfMemory`; `Cancelled`.
     pub fn forward(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
         self.forward_then(cx, x, Epilogue::default())
+    }
+
+    /// As [`Linear::forward`], with a result in `F32` on every device: what leaves a network.
+    ///
+    /// # Errors
+    /// As [`Linear::forward`].
+    pub fn forward_f32(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
+        self.forward_then(cx, x, Epilogue { result: ResultType::F32, ..Epilogue::default() })
     }
 
     /// The product with `then` applied while it is hot; the layer's own bias goes in first.

@@ -26,6 +26,7 @@ fn traffic(model: &Model, [c, b]: [u32; 2]) -> (u64, u64) {
     let accelerator = model.inner.device.accelerator().unwrap();
     let mut options = GenerateOptions::new(model).unwrap();
     options.add_prompt("a red apple", None).unwrap();
+    options.set_size(128, 128).unwrap();
     options.set_stage_c(c, 4.0).unwrap();
     options.set_stage_b(b, 2.0).unwrap();
     let before = accelerator.traffic();

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::image::{Fit, Image, preprocess, to_pixels};
 use crate::nn::Mode;
 use crate::ops::kernels::widened;
+use crate::ops::widen::widen;
 use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
 
@@ -29,8 +30,16 @@ impl Model {
     }
 
     /// Runs `work` on a library thread and takes its result out of the device's pool.
-    fn apart(&self, work: impl FnOnce() -> Result<Tensor> + Send) -> Result<Tensor> {
-        run_apart_with_reserve("a call of a stage", super::LISTS_BYTES, || work()?.detached())
+    fn apart(&self, work: impl FnOnce(&Context) -> Result<Tensor> + Send) -> Result<Tensor> {
+        run_apart_with_reserve("a call of a stage", super::LISTS_BYTES, || {
+            // A stream belongs to a context: nobody else may use it before the result is out.
+            let cx = self.context();
+            let found = work(&cx)?;
+            match found.dtype().is_float() {
+                true => widen(&cx, &found)?.detached(),
+                false => found.detached(),
+            }
+        })
     }
 
     /// Token ids of a text as a stage sees it, padded to the model's length. The paper's stages share one tokenizer.
@@ -43,7 +52,7 @@ impl Model {
     /// stage that the model lacks.
     pub fn tokenize(&self, stage: Stage, text: &str) -> Result<Tensor> {
         let part = self.text_of(stage)?;
-        self.apart(|| part.tokenize(text))
+        self.apart(|_| part.tokenize(text))
     }
 
     /// The conditioning of texts for a stage: one vector per position, padding included.
@@ -58,7 +67,7 @@ impl Model {
         if texts.is_empty() {
             return Err(Error::argument("texts", "at least one", 0));
         }
-        self.apart(|| part.embed(&self.context(), texts))
+        self.apart(|cx| part.embed(cx, texts))
     }
 
     /// Latents of pictures, which must have one size, as Stage B takes them.
@@ -69,7 +78,7 @@ impl Model {
     /// # Errors
     /// `InvalidArgument` for no pictures or different sizes; `Unsupported` without an image encoder.
     pub fn encode_image(&self, images: &[&Image]) -> Result<Tensor> {
-        self.apart(|| self.encode_pictures(&self.context(), images))
+        self.apart(|cx| self.encode_pictures(cx, images))
     }
 
     pub(super) fn encode_pictures(&self, cx: &Context, images: &[&Image]) -> Result<Tensor> {
@@ -78,7 +87,7 @@ impl Model {
         let (height, width) = self.inner.geometry.encoder_size(width, height);
         let images: Vec<Image> = images.iter().map(|image| (*image).clone()).collect();
         let pixels = preprocess(cx, &images, [height, width], Fit::Stretch, &part.normalisation)?;
-        let mut latents = part.encoder.network.forward(cx, &pixels, Mode::Inference)?;
+        let mut latents = widen(cx, &part.encoder.network.forward(cx, &pixels, Mode::Inference)?)?;
         check_finite(&latents, "image encoder", &part.encoder.weights)?;
         if let Some(prior) = &self.inner.halves.prior {
             prior.scaling.apply(latents.slice_mut()?);
@@ -96,12 +105,11 @@ impl Model {
     pub fn stage_a_encode(&self, images: &[&Image]) -> Result<Tensor> {
         common_size(images)?;
         let Part { network, weights, .. } = &self.decoder()?.stage_a;
-        self.apart(|| {
-            let cx = self.context();
-            let encoded = network.encode(&cx, &to_pixels(&cx, images)?, Mode::Inference)?;
+        self.apart(|cx| {
+            let encoded = network.encode(cx, &to_pixels(cx, images)?, Mode::Inference)?;
             check_finite(&encoded, "Stage A", weights)?;
-            check_finite(&widened(&cx, "codebook", network.codebook())?, "Stage A", weights)?;
-            network.quantize(&cx, &encoded)
+            check_finite(&widened(cx, "codebook", network.codebook())?, "Stage A", weights)?;
+            network.quantize(cx, &encoded)
         })
     }
 
@@ -124,7 +132,7 @@ impl Model {
                 expect_channels("latents", tokens_or_latents, channels)?;
             }
         }
-        self.apart(|| decoder.pixels(&self.context(), tokens_or_latents))
+        self.apart(|cx| decoder.pixels(cx, tokens_or_latents))
     }
 
     /// Stage B once: logits of every token (v1), or the noise in Stage A's latents (v2).
@@ -145,25 +153,23 @@ impl Model {
         match &decoder.stage_b {
             StageBPart::Tokens(Part { network, .. }) => {
                 x.dims_of::<3>("x")?;
-                self.apart(|| {
-                    let cx = self.context();
-                    let modulations = network.modulations(&cx, times)?;
+                self.apart(|cx| {
+                    let modulations = network.modulations(cx, times)?;
                     let attended =
-                        [network.attend_to_latents(&cx, latents)?, network.attend_to_text(&cx, text)?];
+                        [network.attend_to_latents(cx, latents)?, network.attend_to_text(cx, text)?];
                     let conditioning = Conditioning { modulations: &modulations, attended: &attended };
-                    network.logits(&cx, &network.features(&cx, x, conditioning)?)
+                    network.logits(cx, &network.features(cx, x, conditioning)?)
                 })
             }
             StageBPart::Latents(Part { network, .. }, _) => {
                 expect_channels("x", x, network.config().latent_channels)?;
                 let [_, h, w, _] = x.dims_of("x")?;
-                self.apart(|| {
-                    let cx = self.context();
-                    let modulations = network.modulations(&cx, times)?;
-                    let attended = [network.attend_to_text(&cx, text)?];
-                    let injected = network.inject(&cx, latents, (h, w))?;
+                self.apart(|cx| {
+                    let modulations = network.modulations(cx, times)?;
+                    let attended = [network.attend_to_text(cx, text)?];
+                    let injected = network.inject(cx, latents, (h, w))?;
                     let conditioning = Conditioning { modulations: &modulations, attended: &attended };
-                    network.forward(&cx, x, conditioning, &injected)
+                    network.forward(cx, x, conditioning, &injected)
                 })
             }
         }
@@ -231,11 +237,10 @@ impl Model {
         expect_channels("x", x, network.config().latent_channels)?;
         check_text(&prior.text, "text", text, n)?;
         let times = check_times(t, n)?;
-        self.apart(|| {
-            let cx = self.context();
-            let modulations = network.modulations(&cx, times)?;
-            let attended = [network.attend_to_text(&cx, text)?];
-            network.forward(&cx, x, Conditioning { modulations: &modulations, attended: &attended })
+        self.apart(|cx| {
+            let modulations = network.modulations(cx, times)?;
+            let attended = [network.attend_to_text(cx, text)?];
+            network.forward(cx, x, Conditioning { modulations: &modulations, attended: &attended })
         })
     }
 

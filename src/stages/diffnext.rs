@@ -236,7 +236,7 @@ impl DiffNeXt {
         let hidden = channel_norm(cx, &self.input.forward(cx, &patches)?)?;
         drop(patches);
         let hidden = self.unet.forward(cx, hidden, &injected.runs, conditioning)?;
-        let head = self.output.forward(cx, &channel_norm(cx, &hidden)?)?;
+        let head = self.output.forward_f32(cx, &channel_norm(cx, &hidden)?)?;
         drop(hidden);
         noise_from_bounded_head(cx, x, &pixel_shuffle(cx, &head, self.config.patch_size)?)
     }

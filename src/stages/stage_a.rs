@@ -328,7 +328,7 @@ impl StageA {
     /// # Errors
     /// As [`StageA::decode`].
     pub fn last_layer(&self, cx: &Context, features: &Tensor) -> Result<Tensor> {
-        pixel_shuffle(cx, &self.decoder_out.forward(cx, features)?, PIXEL_FOLD)
+        pixel_shuffle(cx, &self.decoder_out.forward_f32(cx, features)?, PIXEL_FOLD)
     }
 }
 

@@ -112,7 +112,7 @@ impl StageC {
     pub fn forward(&self, cx: &Context, x: &Tensor, conditioning: Conditioning) -> Result<Tensor> {
         let hidden = self.input.forward(cx, x)?;
         let hidden = self.blocks.forward(cx, hidden, Joined::default(), conditioning)?;
-        let head = self.output.forward(cx, &channel_norm(cx, &hidden)?)?;
+        let head = self.output.forward_f32(cx, &channel_norm(cx, &hidden)?)?;
         noise_from_head(cx, x, &head)
     }
 }

@@ -14,6 +14,8 @@ mod adapter;
 mod average;
 mod checkpoint;
 mod create;
+#[cfg(test)]
+mod cuda_tests;
 pub mod data;
 mod draws;
 mod export;

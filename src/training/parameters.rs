@@ -214,6 +214,8 @@ impl Parameters {
                 DType::F32 => None,
                 // What is frozen is computed with as the file has it.
                 _ if parameter.role == Role::Frozen => None,
+                // A GPU rounds factors as it reads them.
+                _ if parameter.master.stream().is_some() => None,
                 // Statistics and other vectors are few: only matrices are worth rounding.
                 _ if parameter.role == Role::Statistic || parameter.master.dims().len() < 2 => None,
                 _ => Some(rounded(&parameter.master, dtype, parameter.working.take())?),

@@ -13,6 +13,7 @@ use super::tasks::stage_a::StageATask;
 use super::tasks::stage_b::StageBTask;
 use super::tasks::stage_c::StageCTask;
 use super::tasks::{Commit, Measured, Pass, Sample, Task};
+use crate::device::cuda::Precision;
 use crate::device::threads::run_apart_with_reserve;
 use crate::device::{CancelToken, Context, Reduce};
 use crate::error::{Error, Result};
@@ -83,7 +84,8 @@ impl Trainer {
 
     fn new_here(base: &Model, options: &TrainOptions) -> Result<Self> {
         options.check()?;
-        let cx = Context::new(&base.device().for_training()?);
+        let factors = options.compute_dtype.precision().unwrap_or(Precision::F32);
+        let cx = Context::new(&base.device().for_training(factors)?);
         let mut parameters = Parameters::default();
         let task: Box<dyn Task> = match options.goal {
             Goal::StageA => Box::new(StageATask::new(&cx, base, options, &mut parameters)?),
@@ -352,6 +354,12 @@ impl Trainer {
         self.task.load(&self.parameters)?;
         self.stale = false;
         Ok(())
+    }
+
+    /// The stream that all steps run on.
+    #[cfg(test)]
+    pub(super) fn stream(&self) -> Option<&Arc<crate::device::cuda::Stream>> {
+        self.cx.cuda().ok().flatten()
     }
 
     pub(super) fn context(&self) -> Context {

@@ -3,6 +3,7 @@
 #   LIBDIR  folder with libwuerstchen.so (target/release)    MODEL   model folder (examples/models/emoji-v1)
 #   V2      folder with the v2 models "model", "prior" and "decoder" (tests/fixtures/v2)
 #   CC CXX  compilers (gcc, g++)                             QUICK=1 leaves out valgrind and the sanitizers
+#   CUDA    folder with the emulated libcuda.so.1 (what 'cargo test' built there; without one, nothing of CUDA is tested)
 set -u
 export LC_ALL=C
 here=$(cd "$(dirname "$0")" && pwd)
@@ -22,6 +23,10 @@ cp "$library" "$work/lib/libwuerstchen.so.0"
 ln -s libwuerstchen.so.0 "$work/lib/libwuerstchen.so"
 cp "$library" "$work/wuerstchen_copy.so"
 export LD_LIBRARY_PATH="$work/lib"
+CUDA=${CUDA:-$(dirname "$(ls -t "$LIBDIR"/build/cuda-emulation-*/out/lib/libcuda.so.1 2>/dev/null | head -n 1)")}
+[ -f "$CUDA/libcuda.so.1" ] || CUDA=
+# With the emulated driver, and kernels that nobody compiled before.
+with_cuda() { env LD_LIBRARY_PATH="$work/lib:$CUDA" XDG_CACHE_HOME="$work/cache" "$@"; }
 
 passed=0
 failed=0
@@ -118,6 +123,16 @@ for model in "$MODEL" "$V2/model"; do
     check "silent: standard output" test ! -s "$work/out"
     check "silent: standard error" test ! -s "$work/err"
 done
+if [ -n "$CUDA" ]; then
+    build cuda cuda.c -ldl
+    program cuda with_cuda "$work/cuda" "$TINY"
+    with_cuda "$work/silent" "$TINY" >"$work/out" 2>"$work/err"
+    note "silent on a GPU: the calls" $?
+    check "silent on a GPU: standard output" test ! -s "$work/out"
+    check "silent on a GPU: standard error" test ! -s "$work/err"
+else
+    echo "    no CUDA: 'cargo test' has built no emulated driver in $LIBDIR"
+fi
 check "minimal.c" "$work/minimal" "$MODEL" "a red apple" "$work/scratch/apple.png"
 check "minimal.c wrote a picture" test -s "$work/scratch/apple.png"
 # Every large allocation; of all that there are, a few hundred. glibc itself aborts when it has no 32 bytes for the
@@ -152,6 +167,10 @@ P
         export ASAN_OPTIONS=allocator_may_return_null=1
         program "arguments, sanitized" "$work/arguments_asan" "$MODEL" "$work/scratch"
         program "run, sanitized" "$work/run_asan" "$MODEL" 50
+        if [ -n "$CUDA" ]; then
+            build cuda_asan cuda.c $sanitize -ldl
+            program "cuda, sanitized" with_cuda "$work/cuda_asan" "$TINY"
+        fi
         program "v2, sanitized" "$work/v2_asan" "$V2"
         program "wrapper, sanitized" "$work/wrapper_asan" "$MODEL" "$V2"
         program "train_arguments, sanitized" "$work/train_arguments_asan" "$TINY"

@@ -13,6 +13,11 @@ pub fn on_gpu() -> bool {
     env!("CARGO_CRATE_NAME").starts_with("cuda_") && has_gpu()
 }
 
+/// Whether there is a GPU, and it is the emulated one.
+pub fn is_emulated() -> bool {
+    std::env::var("WST_TEST_CUDA").as_deref() != Ok("real") && has_gpu()
+}
+
 fn has_gpu() -> bool {
     match std::env::var("WST_TEST_CUDA").as_deref() {
         Ok("none") => false,

@@ -1,6 +1,8 @@
 //! Model folders that a test may change: links to a real one, and files of the test's own in their place.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+// A program may have `common` beside this.
+#[allow(clippy::duplicate_mod)]
 #[path = "devices.rs"]
 pub mod devices;
 

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 pub struct Accelerator {
     gpu: Arc<Gpu>,
     precision: Precision,
+    factors: Precision,
     residents: Residents,
     idle: Mutex<Vec<Arc<Stream>>>,
     /// The host's own stream: all work runs on it, one call at a time.
@@ -21,7 +22,14 @@ impl Accelerator {
     /// Over `gpu`, with activations of type `precision`.
     pub fn new(gpu: Arc<Gpu>, precision: Precision) -> Self {
         let (residents, idle) = (Residents::default(), Mutex::default());
-        Accelerator { gpu, precision, residents, idle, external: None }
+        Accelerator { gpu, precision, factors: precision, residents, idle, external: None }
+    }
+
+    /// The same, with factors of matrix products rounded to `factors`. Sums and results stay what they are: mixed
+    /// precision, for training.
+    #[must_use]
+    pub fn with_factors(self, factors: Precision) -> Self {
+        Accelerator { factors, ..self }
     }
 
     /// The same, on a stream of the host's.
@@ -38,6 +46,11 @@ impl Accelerator {
     /// The type of activations.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// The type of the factors of matrix products.
+    pub fn factors(&self) -> Precision {
+        self.factors
     }
 
     /// Weights that lie on it.

@@ -64,13 +64,19 @@ impl Function {
         if !driver::has(c"cuFuncGetParamInfo") {
             return Function { raw, parameters: None };
         }
-        let size_of = |i: usize| {
+        let mut sizes = Vec::new();
+        loop {
             let (mut offset, mut size) = (0, 0);
-            // SAFETY: the function is loaded; both numbers outlive the call. Beyond the last it fails.
-            let result = unsafe { sys::cuFuncGetParamInfo(raw, i, &mut offset, &mut size) };
-            (result == sys::CUresult::CUDA_SUCCESS).then_some(size)
-        };
-        Function { raw, parameters: Some((0..).map_while(size_of).collect()) }
+            // SAFETY: the function is loaded; both numbers outlive the call.
+            match unsafe { sys::cuFuncGetParamInfo(raw, sizes.len(), &mut offset, &mut size) } {
+                sys::CUresult::CUDA_SUCCESS => sizes.push(size),
+                // There are no more.
+                sys::CUresult::CUDA_ERROR_INVALID_VALUE => {
+                    return Function { raw, parameters: Some(sizes.into()) };
+                }
+                _ => return Function { raw, parameters: None },
+            }
+        }
     }
 
     pub(super) fn raw(&self) -> sys::CUfunction {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 const NAMES: [&CStr; 2] = [c"libcuda.so", c"libcuda.so.1"];
 
 /// Every symbol that this backend calls.
-const SYMBOLS: [&CStr; 38] = [
+const SYMBOLS: [&CStr; 39] = [
     c"cuInit",
     c"cuDeviceGetCount",
     c"cuDeviceGet",
@@ -38,6 +38,7 @@ const SYMBOLS: [&CStr; 38] = [
     c"cuMemGetInfo_v2",
     c"cuDeviceGetDefaultMemPool",
     c"cuMemPoolSetAttribute",
+    c"cuMemPoolTrimTo",
     c"cuMemcpyHtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
     c"cuMemcpyDtoDAsync_v2",

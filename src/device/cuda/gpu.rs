@@ -51,6 +51,8 @@ pub struct Gpu {
     info: GpuInfo,
     context: sys::CUcontext,
     device: sys::CUdevice,
+    /// Where memory that is taken in the order of a stream comes from; null without such memory.
+    pool: sys::CUmemoryPool,
     modules: Modules,
     arenas: Mutex<Vec<Weak<Arena>>>,
 }
@@ -153,24 +155,24 @@ impl Gpu {
         // SAFETY: the driver was started; `context` outlives the call. Released on drop.
         let result = unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) };
         check(&label, "cuDevicePrimaryCtxRetain", result)?;
-        let gpu = Gpu { ordinal, info, context, device, modules: Mutex::default(), arenas: Mutex::default() };
+        let (pool, modules, arenas) = (std::ptr::null_mut(), Mutex::default(), Mutex::default());
+        let mut gpu = Gpu { ordinal, info, context, device, pool, modules, arenas };
         gpu.keep_freed_memory()?;
         Ok(gpu)
     }
 
     /// Lets the driver's pool hold what is freed: by default it gives all of it back whenever somebody waits.
-    fn keep_freed_memory(&self) -> Result<()> {
+    fn keep_freed_memory(&mut self) -> Result<()> {
         if !self.info.memory_pools {
             return Ok(());
         }
-        let mut pool = std::ptr::null_mut();
         // SAFETY: `pool` outlives the call.
-        let result = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, self.device) };
+        let result = unsafe { sys::cuDeviceGetDefaultMemPool(&mut self.pool, self.device) };
         self.check("cuDeviceGetDefaultMemPool", result)?;
         let mut most = u64::MAX;
         let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: this attribute is a 64-bit number.
-        let result = unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut most).cast()) };
+        let result = unsafe { sys::cuMemPoolSetAttribute(self.pool, threshold, (&raw mut most).cast()) };
         self.check("cuMemPoolSetAttribute", result)
     }
 
@@ -190,6 +192,11 @@ impl Gpu {
     /// `Device`.
     pub(super) fn bind(&self) -> Result<Bound> {
         Bound::new("cuda", self.context)
+    }
+
+    /// The same to give something back. Tried once more, since what is not given back is lost for good.
+    pub(super) fn bind_to_free(&self) -> Option<Bound> {
+        self.bind().or_else(|_| self.bind()).ok()
     }
 
     pub(super) fn context(&self) -> sys::CUcontext {
@@ -236,6 +243,11 @@ impl Gpu {
     pub fn trim(&self) {
         let arenas: Vec<Arc<Arena>> = lock(&self.arenas).iter().filter_map(Weak::upgrade).collect();
         arenas.iter().for_each(|arena| arena.trim());
+        if !self.pool.is_null() {
+            // What the pool keeps serves its own allocations alone.
+            // SAFETY: the device's own pool, which lasts. A failure leaves things as they are.
+            let _ = unsafe { sys::cuMemPoolTrimTo(self.pool, 0) };
+        }
     }
 
     /// Memory that is free on the device, in bytes, whoever uses the rest.
@@ -254,7 +266,7 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         // Modules are unloaded while the context lives.
-        if let Ok(_bound) = self.bind() {
+        if let Some(_bound) = self.bind_to_free() {
             lock(&self.modules).clear();
         }
         // SAFETY: retained in `retain`. A failure leaves nothing to be done.

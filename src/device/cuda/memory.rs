@@ -22,6 +22,15 @@ pub struct Handle {
     pub raw: sys::CUstream,
     /// Whether it is ours to destroy.
     pub owned: bool,
+    pub capture: Mutex<Capture>,
+}
+
+/// Whether a stream is being recorded. Any thread may free a stream's memory, but not into a recording.
+#[derive(Default)]
+pub struct Capture {
+    active: bool,
+    /// To be freed when the recording has ended.
+    deferred: Vec<Block>,
 }
 
 // SAFETY: the driver takes a stream's handle from any thread.
@@ -29,9 +38,61 @@ unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
 
+impl Handle {
+    /// Whether what is freed has to wait from now on.
+    pub fn set_capturing(&self, active: bool) {
+        let mut capture = lock(&self.capture);
+        capture.active = active;
+        if !active {
+            let deferred = std::mem::take(&mut capture.deferred);
+            self.free(&deferred);
+        }
+    }
+
+    /// Frees blocks of the stream, in its order.
+    fn release(&self, blocks: Vec<Block>) {
+        // Held until they are free: no recording begins in between.
+        let mut capture = lock(&self.capture);
+        if capture.active {
+            capture.deferred.extend(blocks);
+        } else {
+            self.free(&blocks);
+        }
+    }
+
+    fn free(&self, blocks: &[Block]) {
+        if blocks.is_empty() {
+            return;
+        }
+        let Some(_bound) = self.gpu.bind_to_free() else { return };
+        for block in blocks {
+            // SAFETY: allocated in `Arena::try_allocate` in the same way, and in no list any more. A failure leaves
+            // nothing to be done; the next call reports it.
+            let _ = unsafe {
+                match self.gpu.info().memory_pools {
+                    true => sys::cuMemFreeAsync(block.address, self.raw),
+                    false => sys::cuMemFree_v2(block.address),
+                }
+            };
+        }
+    }
+
+    /// Waits until what was freed is free, unless the stream is being recorded.
+    fn settle(&self) {
+        let capture = lock(&self.capture);
+        if let (false, Some(_bound)) = (capture.active, self.gpu.bind_to_free()) {
+            // SAFETY: the stream is alive. A failure shows in the next call.
+            let _ = unsafe { sys::cuStreamSynchronize(self.raw) };
+        }
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
-        if let (true, Ok(_bound)) = (self.owned, self.gpu.bind()) {
+        if !self.owned {
+            return;
+        }
+        if let Some(_bound) = self.gpu.bind_to_free() {
             // SAFETY: created by us; all memory of the stream holds the handle, so nothing of ours uses it.
             let _ = unsafe { sys::cuStreamDestroy_v2(self.raw) };
         }
@@ -39,7 +100,7 @@ impl Drop for Handle {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Block {
+pub struct Block {
     address: u64,
     capacity: usize,
 }
@@ -55,6 +116,8 @@ struct State {
     free: Vec<Block>,
     /// All blocks, free or in use.
     bytes: usize,
+    /// Whether a recording uses the free ones too.
+    recorded: bool,
 }
 
 impl std::fmt::Debug for Arena {
@@ -111,9 +174,6 @@ impl Arena {
             (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY, _) => gpu.trim(),
             (result, address) => return gpu.check("cuMemAlloc", result).map(|()| address),
         }
-        // Frees are ordered in streams: wait until they have happened.
-        // SAFETY: the stream is alive.
-        let _ = unsafe { sys::cuStreamSynchronize(self.stream.raw) };
         match self.try_allocate(bytes) {
             (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY, _) => Err(Error::out_of_memory(what, bytes)),
             (result, address) => gpu.check("cuMemAlloc", result).map(|()| address),
@@ -132,28 +192,25 @@ impl Arena {
         (result, address)
     }
 
-    /// Frees what is not in use.
+    /// Keeps all blocks until the arena is dropped: a recording has their addresses.
+    pub fn keep(&self) {
+        lock(&self.state).recorded = true;
+    }
+
+    /// Frees what is not in use, and waits until it is free.
     pub fn trim(&self) {
         let free = {
             let mut state = lock(&self.state);
+            if state.recorded {
+                return;
+            }
             let free = std::mem::take(&mut state.free);
             state.bytes -= free.iter().map(|block| block.capacity).sum::<usize>();
             free
         };
-        self.release(&free);
-    }
-
-    fn release(&self, blocks: &[Block]) {
-        let Ok(_bound) = self.stream.gpu.bind() else { return };
-        for block in blocks {
-            // SAFETY: allocated in `try_allocate` in the same way, and no longer in any list. A failure leaves
-            // nothing to be done; the next call reports it.
-            let _ = unsafe {
-                match self.stream.gpu.info().memory_pools {
-                    true => sys::cuMemFreeAsync(block.address, self.stream.raw),
-                    false => sys::cuMemFree_v2(block.address),
-                }
-            };
+        if !free.is_empty() {
+            self.stream.release(free);
+            self.stream.settle();
         }
     }
 
@@ -166,7 +223,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         let free = std::mem::take(&mut lock(&self.state).free);
-        self.release(&free);
+        self.stream.release(free);
     }
 }
 
@@ -203,7 +260,7 @@ impl Drop for Memory {
         } else {
             state.bytes -= self.block.capacity;
             drop(state);
-            self.arena.release(&[self.block]);
+            self.arena.stream.release(vec![self.block]);
         }
     }
 }

@@ -76,7 +76,7 @@ impl Resident {
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        if let Ok(_bound) = self.gpu.bind() {
+        if let Some(_bound) = self.gpu.bind_to_free() {
             // SAFETY: allocated in `allocate`. The call waits for work that may still read it.
             let _ = unsafe { sys::cuMemFree_v2(self.address) };
         }
@@ -106,6 +106,9 @@ impl Residents {
         let mut entries = lock(&self.entries);
         if let Some(resident) = entries.get(&key) {
             return Ok(stream.using(Taken::new(resident.address, 0, resident.clone())));
+        }
+        if stream.is_recording() {
+            return Err(Error::internal("a recorded step", format!("{} is not on the device", source.what)));
         }
         let count = source.precision.map_or(0, |precision| source.bytes.len() / precision.size());
         let bytes = match (source.precision, wanted) {

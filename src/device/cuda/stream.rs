@@ -65,6 +65,8 @@ pub struct Stream {
     handle: Arc<Handle>,
     /// Where memory comes from: the stream's own arena, or that of a step that is recorded.
     arena: Mutex<Arc<Arena>>,
+    /// The stream's own, for what outlives a step.
+    own: Arc<Arena>,
     /// What a recorded step uses, while it is recorded.
     recording: Mutex<Option<Vec<Taken>>>,
     constants: Mutex<HashMap<Box<[u8]>, Taken>>,
@@ -101,6 +103,12 @@ impl Stream {
     /// # Errors
     /// `InvalidArgument` for a stream of another device; `Device`.
     pub unsafe fn external(gpu: &Arc<Gpu>, raw: *mut std::ffi::c_void) -> Result<Arc<Self>> {
+        // The default streams have no handle of their own, cannot be recorded, and one of them is another in each
+        // thread.
+        if (raw as usize) < 4096 {
+            let found = "a default stream";
+            return Err(Error::argument("cuda_stream", "a stream that was created", found));
+        }
         let raw = raw.cast();
         let _bound = gpu.bind()?;
         let mut context = std::ptr::null_mut();
@@ -114,9 +122,11 @@ impl Stream {
     }
 
     fn over(gpu: &Arc<Gpu>, raw: sys::CUstream, owned: bool) -> Arc<Self> {
-        let handle = Arc::new(Handle { gpu: gpu.clone(), raw, owned });
+        let handle = Arc::new(Handle { gpu: gpu.clone(), raw, owned, capture: Mutex::default() });
+        let own = Arena::new(&handle);
         Arc::new(Stream {
-            arena: Mutex::new(Arena::new(&handle)),
+            arena: Mutex::new(own.clone()),
+            own,
             handle,
             recording: Mutex::default(),
             constants: Mutex::default(),
@@ -312,7 +322,7 @@ impl Stream {
         if let Some(taken) = found {
             return Ok(self.using(taken));
         }
-        let memory = self.take("a list", key.len())?;
+        let memory = self.own.take("a list", key.len(), self.is_recording())?;
         self.upload(&key, &memory, 0)?;
         let taken = Taken::new(memory.address(), 0, Arc::new(memory));
         let mut constants = lock(&self.constants);

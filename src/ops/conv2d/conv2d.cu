@@ -4,8 +4,8 @@
 #define ROWS_PER_BLOCK 8
 
 struct Pictures {
-    // The first pixel of the result whose patch is gathered, counted over the batch, and how many are.
-    i64 first, rows;
+    // The first pixel of the result whose patch is gathered, and in which sample, and how many are.
+    int sample, first, rows;
     int height, width, inputs, out_height, out_width, kernel_height, kernel_width, stride, padding;
     // From row to row of the patches: what is beyond a patch is filled with zeros.
     int leading;
@@ -15,13 +15,12 @@ struct Pictures {
 // neighbouring channels of it at a time.
 template <class T, int N>
 __device__ void gather(const T *__restrict__ x, T *__restrict__ patches, const Pictures &p) {
-    i64 row = (i64)blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     if (row >= p.rows) return;
-    i64 pixel = p.first + row, line = pixel / p.out_width;
-    int left = (int)(pixel % p.out_width) * p.stride - p.padding;
-    int top = (int)(line % p.out_height) * p.stride - p.padding;
-    x += line / p.out_height * p.height * p.width * p.inputs;
-    patches += row * p.leading;
+    int line = (p.first + row) / p.out_width, column = (p.first + row) % p.out_width;
+    int left = column * p.stride - p.padding, top = line % p.out_height * p.stride - p.padding;
+    x += (i64)(p.sample + line / p.out_height) * p.height * p.width * p.inputs;
+    patches += (i64)row * p.leading;
     for (int i = threadIdx.x % WARP * N; i < p.leading; i += WARP * N) {
         int tap = i / p.inputs, c = i - tap * p.inputs;
         int u = tap / p.kernel_width, v = tap - u * p.kernel_width;

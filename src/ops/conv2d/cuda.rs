@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::follow::Follow;
 use super::{Epilogue, Sizes};
 use crate::device::Context;
 use crate::device::cuda::{
     Batch, Launch, Matrix, Parameter, Precision, Product, Stream, Tail, Taken, kernels,
 };
 use crate::error::Result;
+use crate::ops::linear::cuda::{Held, Rows};
 use crate::ops::sums;
 use crate::tensor::{DType, Tensor};
 
@@ -35,8 +35,9 @@ const LEAST_ROWS: usize = 512;
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Pictures {
-    first: i64,
-    rows: i64,
+    sample: i32,
+    first: i32,
+    rows: i32,
     height: i32,
     width: i32,
     inputs: i32,
@@ -47,7 +48,7 @@ struct Pictures {
     padding: i32,
     leading: i32,
 }
-// SAFETY: two `long long` and ten `int`, in this order, without gaps.
+// SAFETY: thirteen `int`, in this order.
 unsafe impl Parameter for Pictures {}
 
 /// Patches of an input, some rows at a time.
@@ -86,11 +87,13 @@ impl<'a> Patches<'a> {
     /// The patches of `count` pixels from number `first` on, as a matrix.
     fn gather(&mut self, first: usize, count: usize) -> Result<Matrix> {
         let (sizes, address) = (self.sizes, self.held.on_mut(self.stream)?);
+        let per_sample = sizes.out_height * sizes.out_width;
         let per_load = 16 / self.precision.size();
         let wide = sizes.inputs.is_multiple_of(per_load) && self.input.address().is_multiple_of(16);
         let pictures = Pictures {
-            first: first as i64,
-            rows: count as i64,
+            sample: (first / per_sample) as i32,
+            first: (first % per_sample) as i32,
+            rows: count as i32,
             height: sizes.height as i32,
             width: sizes.width as i32,
             inputs: sizes.inputs as i32,
@@ -127,7 +130,8 @@ pub fn compute(
     let rows = dims[0] * per_sample;
     let dtype = DType::of_activations(cx);
     let precision = dtype.precision().unwrap_or(Precision::F32);
-    let follow = Follow::new(cx, stream, epilogue, dims[0], outputs)?;
+    let of_result = Rows { count: rows, per_sample, outputs, precision };
+    let follows = Held::new(cx, stream, epilogue, &of_result)?;
     let mut out = Tensor::new(cx, "convolution", &dims, dtype)?;
     let to = out.on_mut(stream)?;
     if rows * outputs == 0 {
@@ -151,7 +155,7 @@ pub fn compute(
             transposed,
         };
         let (a, b) = (matrix(&x, false), matrix(&weight, true));
-        let tail = follow.tail(0, per_sample);
+        let tail = follows.tail();
         // SAFETY: x and the result have so many rows, the weight a row for each output; the tail's are of the result.
         unsafe { stream.multiply(&product([rows, outputs, sizes.inputs], a, b, result(0), tail))? };
         return Ok(out);
@@ -165,13 +169,13 @@ pub fn compute(
         transposed: true,
     };
     // Products may begin within a sample, but then end in it, if samples have modulations of their own.
-    let group = if follow.is_by_sample() { (patches.most / per_sample).max(1) * per_sample } else { rows };
+    let group = if follows.is_by_sample() { (patches.most / per_sample).max(1) * per_sample } else { rows };
     for start in (0..rows).step_by(group) {
         let end = rows.min(start + group);
         for first in (start..end).step_by(patches.most) {
             let count = patches.most.min(end - first);
             let a = patches.gather(first, count)?;
-            let tail = follow.tail(first, per_sample);
+            let tail = follows.tail_from(first);
             let sides = [count, outputs, patches.leading];
             // SAFETY: there are so many patches and filters, both filled up with zeros; the result has these rows, and
             // the tail's are of it.

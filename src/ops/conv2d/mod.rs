@@ -2,7 +2,6 @@
 
 mod cpu;
 mod cuda;
-mod follow;
 pub(crate) mod gradient;
 
 use crate::device::Context;

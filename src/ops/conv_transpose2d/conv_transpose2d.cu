@@ -3,25 +3,25 @@
 #include "kernel.cuh"
 
 struct Lines {
-    // The first line of the result, counted over the batch, and how many; and the first line of the input that the
-    // product holds, likewise.
-    i64 first, count, held;
+    // The first line of the result, and in which sample, and of the lines of the input that the product holds the
+    // first, counted from this sample on.
+    int sample, first, held;
     int height, width, out_height, out_width, outputs, kernel_height, kernel_width, stride, padding;
     // From row to row of the product.
     int leading;
+    // Blocks of a line.
+    int blocks;
 };
 
-// given [pixels, kh, kw, O], rows of `leading` -> y [lines, W', O], plus bias [O], which may be null. A thread owns N
-// neighbouring channels of a pixel.
+// given [pixels, kh, kw, O], rows of `leading` -> y [lines, W', O], plus bias [O], which may be null. A block
+// owns a part of a line, a thread N neighbouring channels of a pixel.
 template <class T, int N>
 __device__ void collect(const float *__restrict__ given, const float *__restrict__ bias, T *__restrict__ y,
                         const Lines &p) {
-    int packs = p.outputs / N;
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= p.count * p.out_width * packs) return;
-    int o = (int)(i % packs) * N, column = (int)(i / packs % p.out_width);
-    i64 line = p.first + i / packs / p.out_width, sample = line / p.out_height;
-    int below = (int)(line % p.out_height) + p.padding, right = column + p.padding;
+    int packs = p.outputs / N, i = blockIdx.x % p.blocks * blockDim.x + threadIdx.x;
+    if (i >= p.out_width * packs) return;
+    int column = i / packs, o = i % packs * N, line = p.first + blockIdx.x / p.blocks;
+    int sample = line / p.out_height, below = line % p.out_height + p.padding, right = column + p.padding;
     float sum[N];
     for (int j = 0; j < N; j++) sum[j] = bias ? bias[o + j] : 0.0f;
     for (int u = below % p.stride; u < p.kernel_height && u <= below; u += p.stride) {
@@ -30,7 +30,7 @@ __device__ void collect(const float *__restrict__ given, const float *__restrict
         for (int v = right % p.stride; v < p.kernel_width && v <= right; v += p.stride) {
             int b = (right - v) / p.stride;
             if (b >= p.width) continue;
-            i64 pixel = (sample * p.height + a - p.held) * p.width + b;
+            i64 pixel = ((i64)sample * p.height + a - p.held) * p.width + b;
             Pack<float, N> part =
                 load_pack<float, N>(given + pixel * p.leading + (u * p.kernel_width + v) * p.outputs + o);
             for (int j = 0; j < N; j++) sum[j] += part.at[j];
@@ -38,7 +38,8 @@ __device__ void collect(const float *__restrict__ given, const float *__restrict
     }
     Pack<T, N> out;
     for (int j = 0; j < N; j++) out.at[j] = from_float<T>(sum[j]);
-    store_pack<T, N>(y + (line * p.out_width + column) * p.outputs + o, out);
+    i64 line_of_all = (i64)p.sample * p.out_height + line;
+    store_pack<T, N>(y + (line_of_all * p.out_width + column) * p.outputs + o, out);
 }
 
 // `wide`: whether threads own 4 channels.

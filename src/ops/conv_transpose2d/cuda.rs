@@ -22,13 +22,15 @@ const GRAIN: usize = 8;
 /// Channels that a thread owns where they divide.
 const WIDE: usize = 4;
 
+const THREADS: u32 = 256;
+
 /// As the source has it.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Lines {
-    first: i64,
-    count: i64,
-    held: i64,
+    sample: i32,
+    first: i32,
+    held: i32,
     height: i32,
     width: i32,
     out_height: i32,
@@ -38,8 +40,9 @@ struct Lines {
     stride: i32,
     padding: i32,
     leading: i32,
+    blocks: i32,
 }
-// SAFETY: three `long long` and ten `int`, in this order, without gaps.
+// SAFETY: fourteen `int`, in this order.
 unsafe impl Parameter for Lines {}
 
 /// Lines of the result, and those of the input that they are made of, counted over the batch.
@@ -146,10 +149,14 @@ unsafe fn collect(
     precision: Precision,
 ) -> Result<()> {
     let Sizes { outputs, kernel: [kh, kw], .. } = *sizes;
+    let wide = outputs.is_multiple_of(WIDE);
+    let packs = outputs / if wide { WIDE } else { 1 };
+    let blocks = (sizes.out_width * packs).div_ceil(THREADS as usize);
+    let sample = band.first / sizes.out_height;
     let lines = Lines {
-        first: band.first as i64,
-        count: band.count as i64,
-        held: band.held_first as i64,
+        sample: sample as i32,
+        first: (band.first % sizes.out_height) as i32,
+        held: (band.held_first - sample * sizes.height) as i32,
         height: sizes.height as i32,
         width: sizes.width as i32,
         out_height: sizes.out_height as i32,
@@ -159,10 +166,9 @@ unsafe fn collect(
         stride: sizes.stride as i32,
         padding: sizes.padding as i32,
         leading: (kh * kw * outputs).next_multiple_of(GRAIN) as i32,
+        blocks: blocks as i32,
     };
-    let wide = outputs.is_multiple_of(WIDE);
-    let packs = outputs / if wide { WIDE } else { 1 };
-    let launch = Launch::elements(band.count * sizes.out_width * packs);
+    let launch = Launch::blocks(band.count * blocks, THREADS);
     let parameters: [&dyn Parameter; 5] = [&given, &bias, &to, &lines, &i32::from(wide)];
     // SAFETY: as the kernel declares, by this function's contract.
     unsafe { stream.launch(&KERNELS, "collect_pixels", Some(precision), launch, &parameters) }

@@ -108,9 +108,11 @@ fn gradients_on_a_gpu_stay_there() {
     let of = |dims: &[usize], seed| check::random(dims, seed);
     check::gradients_on_device(&[x.clone(), of(&[3, 40, 5], 2)], |cx, t| add(cx, &t[0], &t[1]));
     for activation in [Activation::Relu, Activation::Gelu] {
-        check::gradients_on_device(&[x.clone()], |cx, t| activate(cx, t[0].clone(), activation));
+        check::gradients_on_device(std::slice::from_ref(&x), |cx, t| activate(cx, t[0].clone(), activation));
     }
-    check::gradients_on_device(&[x.clone()], |cx, t| rescale(cx, t[0].clone(), Rescale::default()));
+    check::gradients_on_device(std::slice::from_ref(&x), |cx, t| {
+        rescale(cx, t[0].clone(), Rescale::default())
+    });
     check::gradients_on_device(&[x.clone(), of(&[40, 5], 3)], |cx, t| add_rows(cx, t[0].clone(), &t[1]));
     check::gradients_on_device(&[x.clone(), of(&[3, 5], 4)], |cx, t| scale_channels(cx, t[0].clone(), &t[1]));
     for entries in [3, 1] {

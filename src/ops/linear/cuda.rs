@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::gradient::Place;
-use super::{Epilogue, Layout, Term, modulation_by_sample};
+use super::{Epilogue, Layout, ResultType, Term, modulation_by_sample};
 use crate::device::Context;
 use crate::device::cuda::{Matrix, Precision, Product, Stream, Tail, Taken};
 use crate::error::{Error, Result};
@@ -25,6 +25,7 @@ pub(crate) struct Rows {
 /// An epilogue whose tensors lie on the device.
 pub(crate) struct Held {
     tail: Tail,
+    rows: Rows,
     _taken: Vec<Taken>,
 }
 
@@ -61,12 +62,30 @@ impl Held {
             modulation: take("linear modulation", e.modulation, Precision::F32)?,
             rows_per_sample: if by_sample == Some(true) { rows.per_sample } else { 0 },
         };
-        Ok(Held { tail, _taken: taken })
+        Ok(Held { tail, rows: *rows, _taken: taken })
     }
 
     /// For a product, while this lives.
     pub fn tail(&self) -> Tail {
         self.tail
+    }
+
+    /// That of a product of the rows from number `first` on. Where samples have modulations of their own, all of them
+    /// lie in one sample, or `first` is the first of one.
+    pub fn tail_from(&self, first: usize) -> Tail {
+        let Rows { per_sample, outputs, precision, .. } = self.rows;
+        let skipped = |address, bytes: usize| if address == 0 { 0 } else { address + bytes as u64 };
+        let sample = if self.is_by_sample() { first / per_sample.max(1) } else { 0 };
+        Tail {
+            residual: skipped(self.tail.residual, first * outputs * precision.size()),
+            modulation: skipped(self.tail.modulation, sample * 2 * outputs * size_of::<f32>()),
+            ..self.tail
+        }
+    }
+
+    /// Whether each sample has a modulation of its own.
+    pub fn is_by_sample(&self) -> bool {
+        self.tail.rows_per_sample > 0
     }
 }
 
@@ -89,6 +108,11 @@ impl Part {
     }
 }
 
+/// The type of the factors of a product.
+pub(crate) fn factors(cx: &Context) -> Precision {
+    cx.device().accelerator().map_or(Precision::F32, |accelerator| accelerator.factors())
+}
+
 /// Rows of `leading` numbers.
 fn matrix(address: u64, precision: Precision, leading: usize) -> Matrix {
     Matrix { address, precision, leading, transposed: false }
@@ -102,12 +126,18 @@ pub(super) fn compute(
     epilogue: &Epilogue,
     (dims, per_sample): (&[usize], usize),
 ) -> Result<Tensor> {
-    let dtype = DType::of_activations(cx);
+    let activations = DType::of_activations(cx);
+    let dtype = match epilogue.result {
+        ResultType::Activations => activations,
+        ResultType::F32 => DType::F32,
+    };
     let mut out = Tensor::new(cx, "linear output", dims, dtype)?;
-    let precision = out.precision("linear output")?;
-    let rows = Rows { count: out.shape().rows(), per_sample, outputs: out.shape().channels(), precision };
+    let precision = factors(cx);
+    let of_result = out.precision("linear output")?;
+    let rows =
+        Rows { count: out.shape().rows(), per_sample, outputs: out.shape().channels(), precision: of_result };
     let held = Held::new(cx, stream, epilogue, &rows)?;
-    let to = matrix(out.on_mut(stream)?, precision, rows.outputs);
+    let to = matrix(out.on_mut(stream)?, of_result, rows.outputs);
     for (i, (term, part)) in terms.iter().enumerate() {
         let x = term.x.on_as(cx, stream, "linear input", precision)?;
         let weight = term.weight.on_as(cx, stream, "linear weight", precision)?;
@@ -138,7 +168,7 @@ pub(super) fn input_gradient(
     (weight, part): (&Tensor, Part),
     dx: &mut Tensor,
 ) -> Result<()> {
-    let (precision, outputs) = (Precision::F32, dy.shape().channels());
+    let (precision, outputs) = (factors(cx), dy.shape().channels());
     let from = dy.on_as(cx, stream, "a gradient", precision)?;
     let weight = weight.on_as(cx, stream, "linear weight", precision)?;
     let inputs = dx.shape().channels();
@@ -149,7 +179,7 @@ pub(super) fn input_gradient(
         k: outputs,
         a: matrix(from.address(), precision, outputs),
         b: Matrix { transposed: !b.transposed, ..b },
-        out: matrix(dx.on_mut(stream)?, precision, inputs),
+        out: matrix(dx.on_mut(stream)?, Precision::F32, inputs),
         alpha: 1.0,
         accumulate: false,
         batch: None,
@@ -180,17 +210,17 @@ pub(crate) fn transposed_product(
     if first + (m - 1) * place.leading + n > out.elements() {
         return Err(Error::internal("a weight's gradient", "too short"));
     }
-    let precision = Precision::F32;
+    let precision = factors(cx);
     let [left, right] =
         [a.on_as(cx, stream, "an input", precision)?, b.on_as(cx, stream, "a gradient", precision)?];
-    let to = out.on_mut(stream)? + (first * precision.size()) as u64;
+    let to = out.on_mut(stream)? + (first * Precision::F32.size()) as u64;
     let product = Product {
         m,
         n,
         k,
         a: Matrix { transposed: true, ..matrix(left.address(), precision, m) },
         b: matrix(right.address(), precision, n),
-        out: matrix(to, precision, place.leading),
+        out: matrix(to, Precision::F32, place.leading),
         alpha: 1.0,
         accumulate: place.accumulate,
         batch: None,

@@ -34,6 +34,17 @@ pub struct Epilogue<'a> {
     /// `F32 [N or 1, 2 O]`: a, then b, for each sample of the batch or for all. The first of several dimensions
     /// of an input counts samples; a vector is one.
     pub modulation: Option<&'a Tensor>,
+    /// The type of the result.
+    pub result: ResultType,
+}
+
+/// The type of a product's result. On the CPU it is `F32` in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResultType {
+    /// That of activations on the device.
+    Activations,
+    /// `F32`: what leaves a network.
+    F32,
 }
 
 impl Default for Epilogue<'_> {
@@ -45,6 +56,7 @@ impl Default for Epilogue<'_> {
             gain: 1.0,
             residual: None,
             modulation: None,
+            result: ResultType::Activations,
         }
     }
 }

@@ -69,6 +69,7 @@ fn agrees_with_a_plain_loop() {
                     gain: 0.7,
                     residual: Some(&residual),
                     modulation: Some(&modulation),
+                    result: ResultType::Activations,
                 };
                 for e in [Epilogue::default(), Epilogue { bias: Some(&bias), ..Default::default() }, full] {
                     let y = on_threads(|cx| linear(cx, &x, &weight, &e));
@@ -120,6 +121,7 @@ fn on_a_gpu_in_every_type() {
                         gain,
                         residual: Some(&t[4]),
                         modulation: Some(&t[5]),
+                        result: ResultType::Activations,
                     };
                     linear_transposed(cx, &t[0], &t[6], &e)
                 });

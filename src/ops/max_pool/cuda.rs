@@ -36,8 +36,10 @@ impl Pictures {
     /// The launch, and whether threads own several channels of numbers of `size` bytes at these addresses.
     fn launch(&self, size: usize, addresses: &[u64]) -> (Launch, i32) {
         let aligned = addresses.iter().all(|address| address.is_multiple_of((WIDE * size) as u64));
-        let (elements, wide) =
-            (self.windows as usize * self.channels as usize, aligned && self.channels as usize % WIDE == 0);
+        let (elements, wide) = (
+            self.windows as usize * self.channels as usize,
+            aligned && (self.channels as usize).is_multiple_of(WIDE),
+        );
         (Launch::elements(if wide { elements / WIDE } else { elements }), wide.into())
     }
 }

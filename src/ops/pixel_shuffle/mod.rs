@@ -175,7 +175,7 @@ mod tests {
             let exact = [(Precision::F32, 0.0), (Precision::BF16, 1e-2), (Precision::F16, 1e-3)];
             check::on_device(&[&x], &exact, |cx, t| pixel_unshuffle(cx, &t[0], r));
             check::on_device(&[&y], &exact, |cx, t| pixel_shuffle(cx, &t[0], r));
-            check::gradients_on_device(&[x.clone()], |cx, t| pixel_unshuffle(cx, &t[0], r));
+            check::gradients_on_device(std::slice::from_ref(&x), |cx, t| pixel_unshuffle(cx, &t[0], r));
             assert_eq!(back.dims(), dims);
             assert!(back.bytes().unwrap() == x.bytes().unwrap());
         }

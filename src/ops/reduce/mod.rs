@@ -156,7 +156,11 @@ mod tests {
                     match sums.values {
                         Values::Host(sums) => here.copy_from_slice(sums.values()),
                         Values::Device(mut sums) => {
-                            sums.change(&cx, |values| Ok(here.copy_from_slice(values))).unwrap();
+                            sums.change(&cx, |values| {
+                                here.copy_from_slice(values);
+                                Ok(())
+                            })
+                            .unwrap();
                         }
                     }
                     assert!(here.iter().zip(expected).all(|(a, e)| (a - *e).abs() < 1e-9));

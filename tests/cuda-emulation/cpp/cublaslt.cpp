@@ -328,7 +328,7 @@ int set(std::initializer_list<Field> fields, int attribute, const void *value, s
 
 #define API FAKE_API int
 #define ENTER(...)                                                                                                     \
-    if (int error = status_of(cuemu_enter())) return error;                                                            \
+    if (int error = status_of(cuemu_enter(__func__))) return error;                                                            \
     for (const void *each : std::initializer_list<const void *>{__VA_ARGS__})                                          \
         if (!alive(each)) return INVALID_VALUE
 
@@ -350,13 +350,13 @@ FAKE_API const char *cublasLtGetStatusName(int status) {
 FAKE_API const char *cublasLtGetStatusString(int status) { return cublasLtGetStatusName(status); }
 
 API cublasLtCreate(Handle **to) {
-    if (int error = status_of(cuemu_enter())) return error;
+    if (int error = status_of(cuemu_enter(__func__))) return error;
     return cuemu_has_context() ? hand_out(to, new Handle) : NOT_INITIALIZED;
 }
 API cublasLtDestroy(Handle *handle) { return take_back(handle); }
 
 API cublasLtMatmulDescCreate(Description **to, int32_t compute, int32_t scale) {
-    if (int error = status_of(cuemu_enter())) return error;
+    if (int error = status_of(cuemu_enter(__func__))) return error;
     auto *made = new Description;
     made->compute = compute, made->scale = scale;
     return hand_out(to, made);
@@ -373,7 +373,7 @@ API cublasLtMatmulDescSetAttribute(Description *d, int attribute, const void *va
 }
 
 API cublasLtMatrixLayoutCreate(Layout **to, uint32_t type, uint64_t rows, uint64_t columns, int64_t ld) {
-    if (int error = status_of(cuemu_enter())) return error;
+    if (int error = status_of(cuemu_enter(__func__))) return error;
     auto *made = new Layout;
     made->type = type, made->rows = rows, made->columns = columns, made->ld = ld;
     return hand_out(to, made);
@@ -388,7 +388,7 @@ API cublasLtMatrixLayoutSetAttribute(Layout *l, int attribute, const void *value
 }
 
 API cublasLtMatmulPreferenceCreate(Preference **to) {
-    if (int error = status_of(cuemu_enter())) return error;
+    if (int error = status_of(cuemu_enter(__func__))) return error;
     return hand_out(to, new Preference);
 }
 API cublasLtMatmulPreferenceDestroy(Preference *preference) { return take_back(preference); }

@@ -4,8 +4,9 @@
 
 #define FAKE_API extern "C" __attribute__((visibility("default")))
 
-// Every entry point that can fail starts with it: counts the call, and gives the code that was injected, or 0.
-FAKE_API int cuemu_enter();
+// Every entry point that can fail starts with it: counts the call by its name, a string constant, and gives the code
+// that was injected, or 0.
+FAKE_API int cuemu_enter(const char *name);
 // Counts objects that are alive; `kind` is a string constant.
 FAKE_API void cuemu_count(const char *kind, long difference);
 // Work for a stream: `run` is called when the stream comes to it, as often as a graph replays it, and `drop` when no

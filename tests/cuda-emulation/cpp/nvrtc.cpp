@@ -47,8 +47,8 @@ struct Program {
 
 const int ARCHITECTURES[] = {75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
 
-int enter() {
-    int code = cuemu_enter();
+int enter(const char *name) {
+    int code = cuemu_enter(name);
     return !code ? SUCCESS : code == 2 ? OUT_OF_MEMORY : INTERNAL_ERROR;
 }
 
@@ -232,7 +232,7 @@ int copy(const std::string &text, char *to) {
 
 #define API FAKE_API int
 #define ENTER(condition, otherwise)                                                                                    \
-    if (int error = enter()) return error;                                                                             \
+    if (int error = enter(__func__)) return error;                                                                             \
     if (!(condition)) return otherwise
 
 // What is compiled depends on this emulation and its flags: whoever keeps images by version must not meet old ones.

@@ -4,6 +4,7 @@
 //! names. What the emulation catches, and how it is set, is in its README. The other functions panic where [`load`]
 //! fails.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -27,21 +28,44 @@ pub fn load() -> Result<(), String> {
 /// Lets the n-th call from now on, of all three libraries, fail with a code of the driver's, once. The compiler and
 /// the matrix products give it in their own numbers. Calls that free something do not count.
 pub fn fail_call(n: u32, code: i32) {
-    let function: unsafe extern "C" fn(c_long, c_int) = function(c"cuemu_fail_call");
-    // SAFETY: takes numbers.
-    unsafe { function(c_long::from(n), code) }
+    fail(None, n.into(), code);
+}
+
+/// The same, of the calls of one function.
+pub fn fail_call_of(name: &str, n: u32, code: i32) {
+    fail(Some(name), n.into(), code);
+}
+
+fn fail(name: Option<&str>, n: c_long, code: i32) {
+    let name = name.and_then(|name| CString::new(name).ok());
+    let function: unsafe extern "C" fn(*const c_char, c_long, c_int) = function(c"cuemu_fail_call");
+    // SAFETY: takes a string or null, and numbers.
+    unsafe { function(name.as_ref().map_or(std::ptr::null(), |name| name.as_ptr()), n, code) }
 }
 
 /// Takes back a [`fail_call`] that has not come to its call.
 pub fn fail_no_call() {
-    let function: unsafe extern "C" fn(c_long, c_int) = function(c"cuemu_fail_call");
-    // SAFETY: takes numbers.
-    unsafe { function(-1, 0) }
+    fail(None, -1, 0);
 }
 
 /// How many calls were made so far that [`fail_call`] counts.
 pub fn calls() -> u64 {
     number(c"cuemu_calls")
+}
+
+/// The same by the names of the functions.
+pub fn calls_by_name() -> BTreeMap<String, u64> {
+    unsafe extern "C" fn note(name: *const c_char, count: c_long, calls: *mut c_void) {
+        // SAFETY: the pointer that is handed over below; the name is a string.
+        let (calls, name) = unsafe { (&mut *calls.cast::<BTreeMap<_, _>>(), CStr::from_ptr(name)) };
+        calls.insert(name.to_string_lossy().into_owned(), u64::try_from(count).unwrap_or(0));
+    }
+    type Note = unsafe extern "C" fn(*const c_char, c_long, *mut c_void);
+    let function: unsafe extern "C" fn(Note, *mut c_void) = function(c"cuemu_each_call");
+    let mut calls: BTreeMap<String, u64> = BTreeMap::new();
+    // SAFETY: the map outlives the call, and is the only thing that `note` gets.
+    unsafe { function(note, (&raw mut calls).cast()) };
+    calls
 }
 
 /// Kernels that ran so far, in graphs too.

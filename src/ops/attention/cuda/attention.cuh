@@ -1,4 +1,4 @@
-// What the kernels of attention share: the arguments of a call, tiles of keys, and products of tiles by 16 x 16 threads.
+// What the kernels of attention share: the arguments of a call, tiles of keys, products of tiles by 16 x 16 threads.
 #pragma once
 #include "kernel.cuh"
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// --- Tiles of float in shared memory: rows of D numbers, D + 4 apart so that 16-byte reads of rows meet no conflict ----
+// --- Tiles of float in shared memory: rows of D numbers, D + 4 apart so that reads of 16 bytes do not conflict ------
 
 // Brings ROWS rows of D numbers to shared memory, 0 where the source has none.
 template <int ROWS, int D, class T> __device__ __forceinline__ void load_rows(float *to, Rows<T> from) {

@@ -1,7 +1,7 @@
 // The gradient of attention, in float. With the weights P of the forward pass, which are computed again from the scores
-// and the logs that it kept, and delta = the sum over channels of dy y: dS = P (dy v^T - delta) / sqrt(depth), of q: dS k,
-// of k: dS^T q, of v: P^T dy. One kernel owns tiles of queries and goes through the keys, one owns tiles of keys and goes
-// through the queries that see them, so that each sum has one owner and one order.
+// and the logs that it kept, and delta = the sum over channels of dy y: dS = P (dy v^T - delta) / sqrt(depth), of q:
+// dS k, of k: dS^T q, of v: P^T dy. One kernel owns tiles of queries and goes through the keys, one owns tiles of keys
+// and goes through the queries that see them, so that each sum has one owner and one order.
 #include "attention.cuh"
 
 // The sizes of tiles: gradient.rs has the same.
@@ -40,7 +40,8 @@ template <int D> __device__ __forceinline__ void of_queries(const Attention &p, 
     DYN_SHARED(float, q);
     float *dy = q + OWN_QUERIES<D> * (D + 4), *kv = dy + OWN_QUERIES<D> * (D + 4), *scores = kv + KEYS<D> * (D + 4);
     int tiles = (p.queries + OWN_QUERIES<D> - 1) / OWN_QUERIES<D>;
-    int first = blockIdx.x % tiles * OWN_QUERIES<D>, head = blockIdx.x / tiles % p.heads, n = blockIdx.x / tiles / p.heads;
+    int first = blockIdx.x % tiles * OWN_QUERIES<D>, pair = blockIdx.x / tiles;
+    int head = pair % p.heads, n = pair / p.heads;
     int row = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     load_rows<OWN_QUERIES<D>, D>(q, queries_of<float>(p, n, head, first));
     load_rows<OWN_QUERIES<D>, D>(dy, gradient_of(p, known.dy, n, head, first));
@@ -177,21 +178,19 @@ template <int D> __device__ __forceinline__ void of_keys(const Attention &p, con
         }
     }
     i64 token = (i64)own.entry * segment.tokens + own.tile.first, column = (i64)head * p.depth;
-    if (segment.of_keys)
-        store_rows<M, D>(segment.of_keys + token * segment.key_stride + column, segment.key_stride, count, p.depth, dk);
-    if (segment.of_values)
-        store_rows<M, D>(segment.of_values + token * segment.value_stride + column, segment.value_stride, count, p.depth,
-                         dv);
+    i64 keys = token * segment.key_stride + column, values = token * segment.value_stride + column;
+    if (segment.of_keys) store_rows<M, D>(segment.of_keys + keys, segment.key_stride, count, p.depth, dk);
+    if (segment.of_values) store_rows<M, D>(segment.of_values + values, segment.value_stride, count, p.depth, dv);
 }
 
 #define GRADIENTS(D)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 2)                                                    \
+    extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 2)                                                   \
         attention_of_queries_##D(const __grid_constant__ Attention p, const __grid_constant__ Known known,             \
                                  float *of_q) {                                                                        \
         of_queries<D>(p, known, of_q);                                                                                 \
     }                                                                                                                  \
     CU_KERNEL(attention_of_queries_##D)                                                                                \
-    extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 2)                                                    \
+    extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 2)                                                   \
         attention_of_keys_##D(const __grid_constant__ Attention p, const __grid_constant__ Known known) {              \
         of_keys<D>(p, known);                                                                                          \
     }                                                                                                                  \

@@ -1,6 +1,7 @@
-// Attention in half precision on tensor cores, with online softmax in float. A block of four warps owns a tile of queries
-// of one head of one sample, a warp 16 TALL of its rows, which it keeps in registers with their scores and sums. Tiles of
-// keys and values pass through shared memory, the next one under way while one is used. Reading goes 16 bytes at a time.
+// Attention in half precision on tensor cores, with online softmax in float. A block of four warps owns a tile of
+// queries of one head of one sample, a warp 16 TALL of its rows, kept in registers with scores and sums. Tiles
+// of keys and values pass through shared memory, the next one under way while one is used. All is read in runs of 16
+// bytes.
 #include "attention.cuh"
 
 #if HAS_MMA_16816
@@ -62,8 +63,8 @@ template <int ROWS, int D, class T> __device__ __forceinline__ void start_rows(T
     }
 }
 
-// What a warp holds of its TALL times 16 queries, each lane as the fragments of mma have it: in a tile of 16 rows lane l
-// has of the rows l / 4 and l / 4 + 8 the numbers 2 (l % 4) and 2 (l % 4) + 1 of every eight.
+// What a warp holds of its TALL times 16 queries, each lane as the fragments of mma have it: in a tile of 16 rows lane
+// l has of the rows l / 4 and l / 4 + 8 the numbers 2 (l % 4) and 2 (l % 4) + 1 of every eight.
 template <int D, int TALL> struct State {
     u32 q[TALL][D / 16][4];
     float s[TALL][KEYS / 8][4], o[TALL][D / 8][4];
@@ -263,8 +264,8 @@ template <class T, int D, int TALL> __device__ __forceinline__ void attend(const
 }
 
 #define ATTEND(name, T, suffix, D, TALL)                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, TALL == 1 && D <= 64 ? 4 : 2)                                                           \
-        attention_tensor_##name##_##suffix(const __grid_constant__ Attention p, T *y) {                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+    attention_tensor_##name##_##suffix(const __grid_constant__ Attention p, T *y) {                                    \
         attend<T, D, TALL>(p, y);                                                                                      \
     }                                                                                                                  \
     CU_KERNEL(attention_tensor_##name##_##suffix)

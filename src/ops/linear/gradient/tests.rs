@@ -4,7 +4,7 @@
 use super::*;
 use crate::device::cuda::Precision;
 use crate::ops::check::{cast, close, cuda, cx, gradients, moved, on_threads, random, wide};
-use crate::ops::linear::{linear, linear_sum, linear_transposed};
+use crate::ops::linear::{ResultType, linear, linear_sum, linear_transposed};
 use crate::tensor::autograd::{Gradients, Tape, leaf};
 
 const OUT: Layout = Layout::RowsAreOutputs;
@@ -120,6 +120,7 @@ fn on_a_tape_the_numbers_are_the_same() {
         gain: 0.7,
         residual: Some(&residual),
         modulation: Some(&modulation),
+        result: ResultType::Activations,
     };
     let recording = Tape::new().attach(&cx());
     for e in [
@@ -229,6 +230,7 @@ fn whole_epilogues() {
                     gain: 0.7,
                     residual: Some(&t[4]),
                     modulation: Some(&t[5]),
+                    result: ResultType::Activations,
                 };
                 let y = linear(cx, &t[0], &t[1], &e)?;
                 elementwise::affine_channels(cx, y, &Tensor::from_slice(&[5], &[1f32; 5])?, &t[3])

@@ -54,8 +54,8 @@ int leave(Needs needs) {
     return check(current());
 }
 
-int enter(Needs needs) {
-    if (int injected = cuemu_enter()) return injected;
+int enter(const char *name, Needs needs) {
+    if (int injected = cuemu_enter(name)) return injected;
     if (int missing = leave(needs)) return missing;
     return needs == CONTEXT ? current()->fault : SUCCESS;
 }

@@ -12,6 +12,8 @@ struct Control {
     std::mutex lock;
     long calls = 0, fail_in = -1, launches = 0;
     int code = 0;
+    std::string fail_name; // empty for any
+    std::map<std::string, long> calls_of;
     std::map<std::string, long> live;
     Order order{(int)environment("CUEMU_ORDER", 0), (unsigned)environment("CUEMU_SEED", 0)};
 };
@@ -38,11 +40,12 @@ long environment(const char *name, long otherwise) {
     return text && *text ? strtol(text, nullptr, 10) : otherwise;
 }
 
-int cuemu_enter() {
+int cuemu_enter(const char *name) {
     Control &c = control();
     ControlLock lock(c.lock);
     c.calls++;
-    if (c.fail_in < 0 || --c.fail_in > 0) return SUCCESS;
+    c.calls_of[name]++;
+    if (c.fail_in < 0 || (!c.fail_name.empty() && c.fail_name != name) || --c.fail_in > 0) return SUCCESS;
     c.fail_in = -1;
     return c.code;
 }
@@ -65,11 +68,23 @@ void count_launch() {
     c.launches++;
 }
 
-// The n-th call from now on fails with `code`, once; a negative n takes that back.
-FAKE_API void cuemu_fail_call(long n, int code) {
+// The n-th call from now on, of this name if there is one, fails with `code`, once; a negative n takes that back.
+FAKE_API void cuemu_fail_call(const char *name, long n, int code) {
     Control &c = control();
     ControlLock lock(c.lock);
+    c.fail_name = name ? name : "";
     c.fail_in = n, c.code = code;
+}
+
+// The calls so far by their names: `each` hears of one after the other.
+FAKE_API void cuemu_each_call(void (*each)(const char *name, long count, void *data), void *data) {
+    Control &c = control();
+    std::map<std::string, long> calls_of;
+    {
+        ControlLock lock(c.lock);
+        calls_of = c.calls_of;
+    }
+    for (auto &[name, count] : calls_of) each(name.c_str(), count, data);
 }
 
 FAKE_API long cuemu_calls() {

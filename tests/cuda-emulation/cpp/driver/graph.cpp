@@ -46,7 +46,7 @@ API cuStreamEndCapture(void *handle, void **graph) {
     Lock lock(state().lock);
     *graph = nullptr;
     // A fault that is injected here ends the capture too, as every failure of this call does.
-    int injected = cuemu_enter();
+    int injected = cuemu_enter(__func__);
     if (int error = leave()) return error;
     auto stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;

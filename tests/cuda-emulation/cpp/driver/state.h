@@ -121,12 +121,12 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 
 enum Needs { NOTHING, STARTED, CONTEXT };
 // The first line of an entry point: an injected fault, what is missing, or a fault of the current context.
-int enter(Needs needs = CONTEXT);
+int enter(const char *name, Needs needs = CONTEXT);
 // The same for calls that free something: no fault is injected there.
 int leave(Needs needs = CONTEXT);
 #define ENTER(...)                                                                                                     \
     Lock lock(state().lock);                                                                                           \
-    if (int error = enter(__VA_ARGS__)) return error
+    if (int error = enter(__func__ __VA_OPT__(,) __VA_ARGS__)) return error
 #define LEAVE(...)                                                                                                     \
     Lock lock(state().lock);                                                                                           \
     if (int error = leave(__VA_ARGS__)) return error
