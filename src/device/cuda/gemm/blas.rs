@@ -29,7 +29,7 @@ const SYMBOLS: [&[u8]; 13] = [
 ];
 
 /// What NVIDIA recommends for Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
+pub const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// Plans that are kept.
 const PLANS: usize = 4096;
@@ -172,7 +172,7 @@ impl Blas {
     /// # Safety
     /// As [`Stream::multiply`].
     pub unsafe fn multiply(&mut self, stream: &Stream, p: &Product) -> Result<Option<Tail>> {
-        if p.k == 0 {
+        if p.k == 0 || i32::try_from(p.batches()).is_err() {
             return Ok(None);
         }
         let _bound = self.gpu.bind()?;
@@ -182,14 +182,13 @@ impl Blas {
             if self.plans.len() >= PLANS {
                 self.plans.clear();
             }
-            let plan = Plan::new(self.handle, &key)?;
+            let plan = Plan::new(self.handle, &key, folded.bias)?;
             self.plans.insert(key, plan);
         }
         let Some(Some(plan)) = self.plans.get(&key) else { return Ok(None) };
         let workspace = stream.using(self.workspace.clone());
         if folded.bias != 0 {
-            plan.operation
-                .set(lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &folded.bias)?;
+            plan.operation.set_bias(folded.bias)?;
         }
         // SAFETY: all handles are alive; the matrices are there by this function's contract, of the shapes and
         // alignments that the plan was made for; the workspace is as long as it says.
@@ -229,8 +228,8 @@ struct Plan {
 
 impl Plan {
     /// None if the library has no algorithm.
-    fn new(handle: lt::cublasLtHandle_t, key: &Key) -> Result<Option<Self>> {
-        let operation = Operation::new(key)?;
+    fn new(handle: lt::cublasLtHandle_t, key: &Key, bias: u64) -> Result<Option<Self>> {
+        let operation = Operation::new(key, bias)?;
         let layouts = Layout::of(key)?;
         let preference = Preference::new(key)?;
         let mut found = lt::cublasLtMatmulHeuristicResult_t {
@@ -271,7 +270,7 @@ impl Plan {
 struct Operation(lt::cublasLtMatmulDesc_t);
 
 impl Operation {
-    fn new(key: &Key) -> Result<Self> {
+    fn new(key: &Key, bias: u64) -> Result<Self> {
         use lt::cublasLtMatmulDescAttributes_t::*;
         let mut raw = std::ptr::null_mut();
         let compute = lt::cublasComputeType_t::CUBLAS_COMPUTE_32F;
@@ -286,8 +285,13 @@ impl Operation {
         if key.has_bias {
             let epilogue = lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             operation.set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            operation.set_bias(bias)?;
         }
         Ok(operation)
+    }
+
+    fn set_bias(&self, bias: u64) -> Result<()> {
+        self.set(lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)
     }
 
     fn set<T>(&self, attribute: lt::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
@@ -340,7 +344,7 @@ impl Layout {
         check("cublasLtMatrixLayoutCreate", status)?;
         let layout = Layout(raw);
         if key.batch > 1 {
-            layout.set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &i32::try_from(key.batch).unwrap_or(i32::MAX))?;
+            layout.set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &(key.batch as i32))?;
             layout.set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &(key.strides[which] as i64))?;
         }
         Ok(layout)

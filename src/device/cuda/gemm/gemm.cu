@@ -261,20 +261,21 @@ template <int SIDE, bool K_TOGETHER> struct Stage {
                          ELEMENTS = ROWS * PITCH;
 };
 
-// Starts to bring a stage: what is aligned and whole by asynchronous copies, the edges element by element.
+// Starts to bring a stage of a matrix that goes on for so many rows and columns from there: what is aligned and whole by
+// asynchronous copies, the edges element by element.
 template <class Stage, int THREADS_>
-__device__ __forceinline__ void bring(u16 *stage, const u16 *from, i64 leading, bool whole, i64 row, i64 rows,
-                                      i64 column, i64 columns) {
+__device__ __forceinline__ void bring(u16 *stage, const u16 *from, i64 leading, bool whole, int rows, int columns) {
     constexpr int CHUNKS = Stage::COLUMNS / 8;
 #pragma unroll
     for (int i = 0; i < Stage::ROWS * CHUNKS / THREADS_; i++) {
         int e = threadIdx.x + i * THREADS_, r = e / CHUNKS, c = e % CHUNKS * 8;
         u16 *to = stage + r * Stage::PITCH + c;
-        const u16 *at = from + (row + r) * leading + column + c;
-        if (whole && row + r < rows && column + c + 8 <= columns) {
+        const u16 *at = from + (r * leading + c);
+        if (whole && r < rows && c + 8 <= columns) {
             cp_async16(to, at);
         } else {
-            for (int j = 0; j < 8; j++) to[j] = row + r < rows && column + c + j < columns ? at[j] : (u16)0;
+#pragma unroll 1
+            for (int j = 0; j < 8; j++) to[j] = r < rows && c + j < columns ? at[j] : (u16)0;
         }
     }
 }
@@ -310,26 +311,29 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const Call &p) {
     Place at = place(p, SIDE);
     const u16 *a = (const u16 *)p.a + at.batch * p.stride[0], *b = (const u16 *)p.b + at.batch * p.stride[1];
     bool whole_a = (u64)a % 16 == 0 && p.leading[0] % 8 == 0, whole_b = (u64)b % 16 == 0 && p.leading[1] % 8 == 0;
-    auto start = [&](i64 step) {
-        i64 k = at.k + step * STEP;
+    a += A_TRANSPOSED ? at.k * p.leading[0] + at.row : at.row * p.leading[0] + at.k;
+    b += B_TRANSPOSED ? at.column * p.leading[1] + at.k : at.k * p.leading[1] + at.column;
+    int rows = (int)min(p.m - at.row, (i64)SIDE), columns = (int)min(p.n - at.column, (i64)SIDE);
+    int depth = (int)max(at.end - at.k, (i64)0), steps = (depth + STEP - 1) / STEP;
+    auto start = [&](int step) {
+        int k = step * STEP;
         u16 *to_a = stages_a + step % STAGES * StageA::ELEMENTS, *to_b = stages_b + step % STAGES * StageB::ELEMENTS;
         if (A_TRANSPOSED)
-            bring<StageA, COUNT>(to_a, a, p.leading[0], whole_a, k, at.end, at.row, p.m);
+            bring<StageA, COUNT>(to_a, a + k * p.leading[0], p.leading[0], whole_a, depth - k, rows);
         else
-            bring<StageA, COUNT>(to_a, a, p.leading[0], whole_a, at.row, p.m, k, at.end);
+            bring<StageA, COUNT>(to_a, a + k, p.leading[0], whole_a, rows, depth - k);
         if (B_TRANSPOSED)
-            bring<StageB, COUNT>(to_b, b, p.leading[1], whole_b, at.column, p.n, k, at.end);
+            bring<StageB, COUNT>(to_b, b + k, p.leading[1], whole_b, columns, depth - k);
         else
-            bring<StageB, COUNT>(to_b, b, p.leading[1], whole_b, k, at.end, at.column, p.n);
+            bring<StageB, COUNT>(to_b, b + k * p.leading[1], p.leading[1], whole_b, depth - k, columns);
     };
-    i64 steps = (at.end - at.k + STEP - 1) / STEP;
     for (int step = 0; step < STAGES - 1; step++) {
         if (step < steps) start(step);
         cp_async_commit();
     }
     int warp = threadIdx.x / WARP, row = warp % 2 * (SIDE / 2), column = warp / 2 * 32;
     float sums[ROWS][COLUMNS][4] = {};
-    for (i64 step = 0; step < steps; step++) {
+    for (int step = 0; step < steps; step++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         // Into the stage that all warps have done with.
@@ -339,19 +343,20 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const Call &p) {
                   *now_b = stages_b + step % STAGES * StageB::ELEMENTS;
 #pragma unroll
         for (int k = 0; k < STEP; k += 16) {
-            u32 left[ROWS][4], right[COLUMNS / 2][4];
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) fragment_a<StageA, A_TRANSPOSED>(left[i], now_a, row + i * 16, k);
+            u32 right[COLUMNS / 2][4];
 #pragma unroll
             for (int j = 0; j < COLUMNS / 2; j++)
                 fragments_b<StageB, B_TRANSPOSED>(right[j], now_b, k, column + j * 16);
 #pragma unroll
-            for (int i = 0; i < ROWS; i++)
+            for (int i = 0; i < ROWS; i++) {
+                u32 left[4];
+                fragment_a<StageA, A_TRANSPOSED>(left, now_a, row + i * 16, k);
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
                     u32 b_now[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
-                    mma(sums[i][j], left[i], b_now, T{});
+                    mma(sums[i][j], left, b_now, T{});
                 }
+            }
         }
     }
     // By way of shared memory, 32 rows of each warp at a time: a lane gets neighbours of a row.
@@ -385,19 +390,20 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const Call &p) {
 #define ON_TENSOR_CORES(...)
 #endif
 
-// As the names of BLAS have it: n as it lies, t transposed.
-#define TENSOR(T, suffix, side, how, a, b)                                                                             \
-    extern "C" __global__ void __launch_bounds__(side * 2) multiply_tensor_##side##_##how##_##suffix(Call p) {         \
+// As the names of BLAS have it: n as it lies, t transposed. `blocks`: at least so many have their registers at a time.
+#define TENSOR(T, suffix, side, how, a, b, blocks)                                                                     \
+    extern "C" __global__ void __launch_bounds__(side * 2, blocks)                                                     \
+        multiply_tensor_##side##_##how##_##suffix(Call p) {                                                            \
         ON_TENSOR_CORES(multiply_on_tensor_cores<T, side, a, b>(p);)                                                   \
     }                                                                                                                  \
     CU_KERNEL(multiply_tensor_##side##_##how##_##suffix)
 #define TENSOR_ALL(T, suffix)                                                                                          \
-    TENSOR(T, suffix, 128, nn, false, false)                                                                           \
-    TENSOR(T, suffix, 128, nt, false, true)                                                                            \
-    TENSOR(T, suffix, 64, nn, false, false)                                                                            \
-    TENSOR(T, suffix, 64, nt, false, true)                                                                             \
-    TENSOR(T, suffix, 64, tn, true, false)                                                                             \
-    TENSOR(T, suffix, 64, tt, true, true)
+    TENSOR(T, suffix, 128, nn, false, false, 1)                                                                        \
+    TENSOR(T, suffix, 128, nt, false, true, 2)                                                                         \
+    TENSOR(T, suffix, 64, nn, false, false, 4)                                                                         \
+    TENSOR(T, suffix, 64, nt, false, true, 4)                                                                          \
+    TENSOR(T, suffix, 64, tn, true, false, 4)                                                                          \
+    TENSOR(T, suffix, 64, tt, true, true, 4)
 
 // hot: multiply_tensor_128_nn_bf16
 // hot: multiply_tensor_128_nt_bf16
