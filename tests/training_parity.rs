@@ -179,7 +179,7 @@ fn check_encoder(case: &str) {
     let trained = Trained { prefix: "image_encoder", keys: &part.keys, recorded: "" };
     assert_gradients(&case, "grad.", &parameters, &found, &[trained]);
 
-    parameters.follow(&pass.into_seen()).unwrap();
+    parameters.follow(&cx, &pass.into_seen()).unwrap();
     let mut followed = 0;
     for parameter in parameters.list().iter().filter(|p| p.role == Role::Statistic) {
         let name = parameter.name.strip_prefix("image_encoder.").unwrap();
@@ -338,7 +338,7 @@ fn five_steps_of_stage_b_with_its_encoder() {
         assert_scalar("norm", norm, case.floats("grad_norm")[step], 5e-5);
         let scale = clip_factor(norm, settings.clip);
         optimizer::step(&cx, &settings, &mut parameters, &mut moments, &found, scale).unwrap();
-        parameters.follow(&pass.into_seen()).unwrap();
+        parameters.follow(&cx, &pass.into_seen()).unwrap();
         average.follow(&cx, &parameters, &ema, step as u64 + 1).unwrap();
     }
     assert_final(&case, &parameters, &average, &trained, f64::from(settings.learning_rate));

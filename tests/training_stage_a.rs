@@ -60,7 +60,7 @@ fn check_stage_a(name: &str, tape: Arc<Tape>) {
     assert_input_gradient(&case, "grad_input.image", &channels_first(&of_pixels));
 
     drop((network, made));
-    parameters.follow(&pass.into_seen()).unwrap();
+    parameters.follow(&cx, &pass.into_seen()).unwrap();
     if training {
         for leaf in ["running_mean", "running_var"] {
             let place = parameters.place(&format!("stage_a.encoder.out.norm.{leaf}")).unwrap();

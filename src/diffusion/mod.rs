@@ -6,3 +6,6 @@ pub mod latents;
 pub mod noise;
 pub mod schedule;
 pub mod tokens;
+
+#[cfg(test)]
+mod tests;

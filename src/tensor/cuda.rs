@@ -139,4 +139,25 @@ impl Tensor {
         }
         Ok(())
     }
+
+    /// The numbers in another float type, beside these on their GPU; nothing if they lie on none.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for types that are no floats; `OutOfMemory`; `Device`.
+    pub(crate) fn converted_there(&self, dtype: DType) -> Result<Option<Tensor>> {
+        let Storage::Mirrored(mirrored) = &self.storage else { return Ok(None) };
+        let (stream, what) = (mirrored.stream(), "numbers in another type");
+        let wanted = dtype.precision().ok_or_else(|| Error::argument(what, "a float type", dtype))?;
+        let own = self.precision(what)?;
+        let storage = Arc::new(mirrored.like(what, self.elements() * dtype.size()));
+        let mut out =
+            Tensor { dtype, storage: Storage::Mirrored(storage), offset: 0, tracked: None, ..*self };
+        let Some(from) = mirrored.taken(stream, self.offset)? else {
+            return Err(Error::internal(what, "in another stream than their own"));
+        };
+        let to = out.on_mut(stream)?;
+        // SAFETY: both have this many numbers of their types.
+        unsafe { convert(stream, (from.address(), own), (to, wanted), self.elements())? };
+        Ok(Some(out))
+    }
 }

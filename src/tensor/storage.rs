@@ -90,6 +90,19 @@ pub(super) struct Mirrored {
 }
 
 impl Mirrored {
+    /// Room for `bytes` bytes of arbitrary content in the same stream.
+    pub fn like(&self, what: &'static str, bytes: usize) -> Self {
+        Mirrored {
+            what,
+            bytes,
+            stream: self.stream.clone(),
+            pool: self.pool.clone(),
+            host: OnceLock::new(),
+            memory: OnceLock::new(),
+            moving: Mutex::new(()),
+        }
+    }
+
     fn host(&self) -> Result<&[u8]> {
         if self.stream.is_recording() {
             return Err(Error::internal("a recorded step", format!("reads {} on the host", self.what)));

@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::nn::{LowRank, Params, RunningUpdate, Source};
+use crate::ops::adamw::approach;
 use crate::ops::widen::widen;
 use crate::tensor::autograd::{self, Gradients};
 use crate::tensor::{DType, Tensor};
@@ -179,7 +180,7 @@ impl Parameters {
     ///
     /// # Errors
     /// `Internal` if one is not, or for a layer that is none of these.
-    pub fn follow(&mut self, seen: &[RunningUpdate]) -> Result<()> {
+    pub fn follow(&mut self, cx: &Context, seen: &[RunningUpdate]) -> Result<()> {
         for RunningUpdate { name, momentum, statistics } in seen {
             let count = statistics.count as f32;
             let unbiased = count / (count - 1.0).max(1.0);
@@ -189,9 +190,9 @@ impl Parameters {
                 let Some(place) = self.place(&name) else {
                     return Err(Error::internal("batch norm", format!("{name} is no parameter")));
                 };
-                for (running, seen) in self.values_mut(place)?.iter_mut().zip(values.slice::<f32>()?) {
-                    *running += (seen * factor - *running) * momentum;
-                }
+                let running = self.master_mut(place);
+                running.settle(cx)?;
+                approach(cx, running, values, [factor, *momentum])?;
             }
         }
         Ok(())
@@ -259,6 +260,9 @@ impl Source for Parameters {
 
 /// The numbers in another type, in `reused` memory if that is free.
 fn rounded(x: &Tensor, dtype: DType, reused: Option<Tensor>) -> Result<Tensor> {
+    if let Some(rounded) = x.converted_there(dtype)? {
+        return Ok(rounded);
+    }
     let values = x.slice::<f32>()?;
     let zeros = |dims: &[usize]| match dtype {
         DType::F16 => Tensor::from_slice(dims, &vec![f16::ZERO; x.elements()]),

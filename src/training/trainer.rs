@@ -336,7 +336,7 @@ impl Trainer {
         let scale = clip_factor(norm, settings.clip);
         let updated =
             optimizer::step(&cx, &settings, &mut self.parameters, &mut self.moments, gradients, scale)
-                .and_then(|()| self.parameters.follow(seen))
+                .and_then(|()| self.parameters.follow(&cx, seen))
                 .and_then(|()| self.task.after_step(&cx, &mut self.parameters))
                 .and_then(|()| {
                     self.average.follow(&cx, &self.parameters, &self.options.ema, self.progress.step + 1)

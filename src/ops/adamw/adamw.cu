@@ -27,6 +27,14 @@ extern "C" __global__ void moving_average(float *__restrict__ average, const flo
 }
 CU_KERNEL(moving_average)
 
+// running = running + (factor x - running) momentum
+extern "C" __global__ void approach(float *__restrict__ running, const float *__restrict__ x, float factor,
+                                    float momentum, i64 count) {
+    for (i64 i = thread_number(); i < count; i += (i64)gridDim.x * blockDim.x)
+        running[i] += (x[i] * factor - running[i]) * momentum;
+}
+CU_KERNEL(approach)
+
 // Each block the sum of its part of the squares; squares_total adds them up in their order, in one block.
 extern "C" __global__ void squares_of_parts(const float *__restrict__ x, double *__restrict__ sums, i64 count) {
     __shared__ double scratch[WARP];

@@ -62,6 +62,21 @@ pub fn moving_average(
     unsafe { stream.launch(&KERNELS, "moving_average", None, spread(count), &parameters) }
 }
 
+/// [`super::approach`].
+pub fn approach(
+    cx: &Context,
+    stream: &Arc<Stream>,
+    running: &mut Tensor,
+    x: &Tensor,
+    [factor, momentum]: [f32; 2],
+) -> Result<()> {
+    let count = x.elements();
+    let (x, running) = (x.on(cx, stream)?, running.on_mut(stream)?);
+    let parameters: [&dyn Parameter; 5] = [&running, &x.address(), &factor, &momentum, &(count as i64)];
+    // SAFETY: as the kernel declares; both have this many numbers of F32.
+    unsafe { stream.launch(&KERNELS, "approach", None, spread(count), &parameters) }
+}
+
 /// [`super::sum_of_squares`]: the host waits for one number.
 pub fn sum_of_squares(cx: &Context, stream: &Arc<Stream>, tensors: &[&Tensor]) -> Result<f64> {
     let parts = |x: &Tensor| x.elements().div_ceil(PART).min(MOST_BLOCKS);

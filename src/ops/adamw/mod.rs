@@ -78,6 +78,24 @@ pub fn moving_average(cx: &Context, average: &mut Tensor, x: &Tensor, decay: f32
     Ok(())
 }
 
+/// `running = running + (factor x - running) momentum`: a running statistic follows what was seen.
+///
+/// # Shapes
+/// both `F32` and alike; on a GPU the statistic lies there.
+///
+/// # Errors
+/// As [`moving_average`].
+pub fn approach(cx: &Context, running: &mut Tensor, x: &Tensor, [factor, momentum]: [f32; 2]) -> Result<()> {
+    expect_like(running, x)?;
+    if let Some(stream) = cx.cuda()? {
+        return cuda::approach(cx, stream, running, x, [factor, momentum]);
+    }
+    for (running, x) in running.slice_mut::<f32>()?.iter_mut().zip(x.slice::<f32>()?) {
+        *running += (x * factor - *running) * momentum;
+    }
+    Ok(())
+}
+
 fn expect_like(x: &Tensor, other: &Tensor) -> Result<()> {
     if other.elements() == x.elements() && [x, other].iter().all(|x| x.dtype() == DType::F32) {
         return Ok(());

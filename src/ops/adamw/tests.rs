@@ -69,5 +69,8 @@ fn an_average_follows() {
         moving_average(&cx, &mut average, &x, 0.75).unwrap();
         check::close(&average, x.dims(), &expected, 1e-6);
         assert!(moving_average(&cx, &mut average, &random(&[3], 1), 0.75).is_err());
+        let mut running = start.copied(&cx).unwrap();
+        approach(&cx, &mut running, &x, [1.0, 0.25]).unwrap();
+        check::close(&running, x.dims(), &expected, 1e-6);
     }
 }
