@@ -34,11 +34,7 @@ impl Model {
         run_apart_with_reserve("a call of a stage", super::LISTS_BYTES, || {
             // A stream belongs to a context: nobody else may use it before the result is out.
             let cx = self.context();
-            let found = work(&cx)?;
-            match found.dtype().is_float() {
-                true => widen(&cx, &found)?.detached(),
-                false => found.detached(),
-            }
+            handed_out(&cx, &work(&cx)?)
         })
     }
 
@@ -215,11 +211,11 @@ impl Model {
             let cx = self.context_of(options).cancelled_by(cancel);
             let walk = StageBWalk::new(self, options, &cx, (h, w))?;
             let texts = texts_of_call(&decoder.text, &cx, text, negative_text, n, walk.is_guided())?;
-            walk.run(latents, &texts, noise, &mut |done, _| {
+            let decoded = walk.run(latents, &texts, noise, &mut |done, _| {
                 report(&progress(Stage::B, done, walk.steps(), started));
                 Ok(())
-            })?
-            .detached()
+            })?;
+            handed_out(&cx, &decoded)
         })
     }
 
@@ -299,8 +295,16 @@ impl Model {
                 Ok(())
             })?;
             check_finite_latents(&latents, prior)?;
-            latents.detached()
+            handed_out(&cx, &latents)
         })
+    }
+}
+
+/// A result as the caller gets it: on the host, floats as F32 whatever the device computes in.
+fn handed_out(cx: &Context, result: &Tensor) -> Result<Tensor> {
+    match result.dtype() {
+        DType::F16 | DType::BF16 => widen(cx, result)?.detached(),
+        _ => result.detached(),
     }
 }
 

@@ -7,7 +7,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::compile::{Kernels, Module, Modules};
 use super::driver::{self, Bound, check};
-use super::memory::Arena;
+use super::memory::{Arena, Handle};
 use crate::error::{Error, Result};
 
 /// The oldest architecture that kernels are written for: Turing.
@@ -237,6 +237,12 @@ impl Gpu {
         if arenas.try_reserve(1).is_ok() {
             arenas.push(Arc::downgrade(arena));
         }
+    }
+
+    /// Memory that is held for work of a stream, in bytes: in use, kept for reuse, of recorded steps.
+    pub(super) fn bytes_on(&self, stream: &Arc<Handle>) -> usize {
+        let arenas: Vec<Arc<Arena>> = lock(&self.arenas).iter().filter_map(Weak::upgrade).collect();
+        arenas.iter().filter(|arena| arena.is_on(stream)).map(|arena| arena.bytes()).sum()
     }
 
     /// Frees what is held for reuse anywhere on this device.

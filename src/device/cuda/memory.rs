@@ -214,6 +214,11 @@ impl Arena {
         }
     }
 
+    /// Whether it is one of the stream's.
+    pub fn is_on(&self, stream: &Arc<Handle>) -> bool {
+        Arc::ptr_eq(&self.stream, stream)
+    }
+
     /// Memory held, in use or not, in bytes.
     pub fn bytes(&self) -> usize {
         lock(&self.state).bytes

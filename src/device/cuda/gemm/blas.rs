@@ -50,7 +50,7 @@ unsafe impl Send for Blas {}
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        if let Ok(_bound) = self.gpu.bind() {
+        if let Some(_bound) = self.gpu.bind_to_free() {
             self.plans.clear();
             // SAFETY: created in `open`. A failure leaves nothing to be done.
             let _ = unsafe { lt::cublasLtDestroy(self.handle) };
