@@ -7,8 +7,8 @@ use crate::DType;
 use crate::image::Image;
 use crate::pipeline::{Model, ModelOptions};
 
-/// Reads of one number each that a step may make.
-const READS_PER_STEP: u64 = 4;
+/// Reads that a step may make: the loss, how many tokens were found, the norm, the texts of the step.
+const READS_PER_STEP: u64 = 5;
 
 fn image(model: &Model, number: usize) -> Image {
     let info = model.info();
