@@ -73,7 +73,7 @@ pub fn bare(model: &Model) -> GenerateOptions {
     options.set_stage_c(3, 3.0).unwrap();
     options.set_stage_b(3, 2.0).unwrap();
     options.set_seed(11).unwrap();
-    if model.info().generation == 2 {
+    if model.info().generation == 2 || devices::on_gpu() {
         // Its smallest size, not its recommended one.
         options.set_size(128, 128).unwrap();
     }
