@@ -320,7 +320,8 @@ fn texts_of_call(
     check_text(part, "text", text, n)?;
     let unconditional = match (guided, negative) {
         (false, _) => None,
-        (true, None) => Some((part.embed(cx, &[""])?, vec![0; n])),
+        // In the type that the caller's text has.
+        (true, None) => Some((widen(cx, &part.embed(cx, &[""])?)?, vec![0; n])),
         (true, Some(negative)) => {
             let [entries, _, _] = negative.dims_of("negative_text")?;
             let index = if entries == 1 { vec![0; n] } else { (0..n).collect() };

@@ -171,7 +171,7 @@ impl Stream {
 
     /// Memory held for work of this stream, in use or not, in bytes.
     pub fn bytes(&self) -> usize {
-        self.gpu().bytes_on(&self.handle) + self.products.bytes()
+        self.gpu().bytes_on(&self.handle)
     }
 
     /// Launches the kernel `name` of `kernels`, in its version for `precision` if it has one for each. The call returns

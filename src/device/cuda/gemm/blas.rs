@@ -29,7 +29,7 @@ const SYMBOLS: [&[u8]; 13] = [
 ];
 
 /// What NVIDIA recommends for Hopper.
-pub const WORKSPACE_BYTES: usize = 32 << 20;
+const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// Plans that are kept.
 const PLANS: usize = 4096;

@@ -146,14 +146,6 @@ impl Default for Products {
     }
 }
 
-impl Products {
-    /// Memory that they hold, in bytes.
-    pub fn bytes(&self) -> usize {
-        let state = lock(&self.state);
-        state.blas.iter().flatten().map(|_| blas::WORKSPACE_BYTES).sum()
-    }
-}
-
 impl Stream {
     /// Computes a product. The call returns before it has run.
     ///
