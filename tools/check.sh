@@ -31,9 +31,9 @@ lints_over_mpi() {
     cargo clippy --features mpi --lib --example train_ranks --test training_mpi -- -D warnings
 }
 
-check "format (Rust)" cargo fmt --check
+check "format (Rust)" cargo fmt --all --check
 check "format (Go)" go_is_formatted
-check "lints" cargo clippy --all-targets -- -D warnings
+check "lints" cargo clippy --workspace --all-targets -- -D warnings
 check "lints (MPI)" lints_over_mpi
 check "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps
 check "header" header_is_fresh

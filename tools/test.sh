@@ -4,6 +4,10 @@ set -u
 . "$(dirname "$0")/common.sh"
 passed=0 failed=0 skipped=0
 notes=""
+# Seconds that the programs of one part may take, all together.
+LONGEST=2400
+# Compiled kernels are kept there, and not in the home of whoever tests.
+export XDG_CACHE_HOME=$build/cache
 
 # add PASSED FAILED SKIPPED
 add() { passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3)); }
@@ -32,10 +36,30 @@ counted() {
 rust_tests() {
     say "Rust"
     # The library's own profile: what is tested is what is shipped, and it is built once.
-    run cargo.log cargo test --release --no-fail-fast
+    cargo_tests Rust cargo.log cargo test --release --no-fail-fast
+}
+
+# cargo_tests NAME LOG COMMAND...: counts what the test programs say. A program that hangs is a failure in the end.
+cargo_tests() {
+    local name=$1 log=$2 results=${2%.log}-results.log
+    shift 2
+    run "$log" timeout "$LONGEST" "$@"
     local status=$?
-    grep -E '^test result:' "$build/log/cargo.log" >"$build/log/cargo-results.log"
-    counted Rust cargo.log $status "$(sum cargo-results.log passed)" "$(sum cargo-results.log failed)" "$(sum cargo-results.log ignored)"
+    grep -E '^test result:' "$build/log/$log" >"$build/log/$results"
+    counted "$name" "$log" $status "$(sum "$results" passed)" "$(sum "$results" failed)" "$(sum "$results" ignored)"
+}
+
+# The emulation that the tests called cuda_* run on, and all kernels on it with sanitizers and threads in random order.
+emulation_tests() {
+    say "the emulation of CUDA"
+    cargo_tests "the emulation of CUDA" emulation.log cargo test --release -p cuda-emulation --no-fail-fast
+    say "CUDA kernels with sanitizers"
+    if ! tools/cuda/sanitized.sh true; then
+        skip "CUDA kernels with sanitizers: gcc has none beside it"
+        return
+    fi
+    cargo_tests "CUDA kernels with sanitizers" sanitized.log \
+        cargo test --release --lib --config "target.'cfg(unix)'.runner='$top/tools/cuda/sanitized.sh'" -- ops:: device::cuda::
 }
 
 # Processes that train together. The library with MPI in it is built in the other profile, so that it does not take
@@ -46,12 +70,11 @@ mpi_tests() {
         skip "training over MPI: Open MPI and libclang are not there and could not be installed"
         return
     fi
-    : >"$build/log/mpi.log"
-    run mpi-build.log cargo build --features mpi --example train_ranks &&
-        run mpi.log cargo test --features mpi --test training_mpi --no-fail-fast
-    local status=$?
-    grep -E '^test result:' "$build/log/mpi.log" >"$build/log/mpi-results.log"
-    counted "Rust over MPI" mpi.log $status "$(sum mpi-results.log passed)" "$(sum mpi-results.log failed)" "$(sum mpi-results.log ignored)"
+    if ! run mpi-build.log cargo build --features mpi --example train_ranks; then
+        fail "the build with MPI, see build/log/mpi-build.log"
+        return
+    fi
+    cargo_tests "Rust over MPI" mpi.log cargo test --features mpi --test training_mpi --no-fail-fast
 }
 
 # The kernels with NVIDIA's own compiler, for every architecture; it needs no GPU.
@@ -164,6 +187,7 @@ step_of() {
 say "building the library"
 if run build.log tools/build.sh; then built=yes; else built=no; fail "the build, see build/log/build.log"; fi
 rust_tests
+emulation_tests
 mpi_tests
 kernel_tests
 if [ $built = yes ]; then
