@@ -6,6 +6,9 @@ use super::{Part, fits};
 use crate::device::simd::prefetch;
 use crate::error::Result;
 
+/// Bytes.
+const CACHE_LINE: usize = 64;
+
 /// How A holds its M x K numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -154,17 +157,24 @@ impl MatrixB<'_> {
         }
     }
 
-    /// Asks for share `i` of `count` of the rows of a part.
+    /// Asks for share `i` of `count` of the cache lines of a part: the first line of each row, then the second. Rows are
+    /// far apart, and line after line of one would have its page looked up anew each time.
     pub(super) fn prefetch(&self, part: Part, i: usize, count: usize) {
         let (rows, length) = match self.layout {
             Layout::RowsAreOutputs => (part.columns, part.depth),
             Layout::RowsAreInputs => (part.depth, part.columns),
         };
-        let (size, first) = (self.values.size(), self.index(part.k, part.n));
-        for row in rows * i / count..rows * (i + 1) / count {
-            let address = self.values.address(first + row * self.leading);
-            for line in (0..length * size).step_by(64) {
-                prefetch(address.wrapping_add(line));
+        let (first, line) = (self.index(part.k, part.n), CACHE_LINE / self.values.size());
+        // Rows that do not begin with a line end in one more.
+        let begun = self.values.address(first).addr() % CACHE_LINE != 0;
+        let lines = rows * (length.div_ceil(line) + usize::from(begun));
+        let (from, to) = (lines * i / count, lines * (i + 1) / count);
+        let (mut row, mut at) = (from % rows.max(1), from / rows.max(1) * line);
+        for _ in from..to {
+            prefetch(self.values.address(first + row * self.leading + at.min(length - 1)));
+            row += 1;
+            if row == rows {
+                (row, at) = (0, at + line);
             }
         }
     }

@@ -11,6 +11,7 @@
 //! rows collide in the L1 cache, and the kernel broadcasts from it; a panel of B stays in L1 while all
 //! rows of the block pass by; the tile of C lives in registers.
 
+mod few_rows;
 #[cfg(target_arch = "x86_64")]
 mod kernel_avx2;
 #[cfg(target_arch = "x86_64")]
@@ -292,45 +293,6 @@ struct Job<'a, K> {
 }
 
 impl<K: Kernel> Job<'_, K> {
-    /// Every task owns some columns and packs its panels just before it uses them: for few rows.
-    fn split_columns(&self, cx: &Context, plan: &Plan, per_task: usize) -> Result<()> {
-        let Gemm { n, .. } = *self.product;
-        let columns = n.div_ceil(per_task);
-        let tasks = columns * plan.blocks;
-        let floats = plan.rows * A_STRIDE + DEPTH * K::COLUMNS;
-        let scratch = Scratch::new(cx.device(), "a matrix product", tasks, floats)?;
-        cx.parallel(tasks, |task| {
-            let area = plan.area(task / columns, task % columns * per_task, per_task, n);
-            scratch.with(|floats| {
-                let (panel, a) = floats.split_at_mut(DEPTH * K::COLUMNS);
-                self.fresh_panels(area, a, panel);
-            });
-        })
-    }
-
-    fn fresh_panels(&self, area: Area, a: &mut [f32], panel: &mut [f32]) {
-        let end = area.column + area.columns;
-        let mut blocks = self.product.blocks().peekable();
-        while let Some(block) = blocks.next() {
-            self.copy_a(area, &block, a);
-            for (n, columns) in steps(area.column, area.columns, K::COLUMNS) {
-                // SAFETY: `check` saw all of every B inside its slice; this level was detected.
-                unsafe { K::pack(&block.term.b, block.part(n, columns), panel) };
-                // What is packed after this part: nothing after the last.
-                let after = n + columns;
-                let (next, n_next) =
-                    if after < end { (Some(&block), after) } else { (blocks.peek(), area.column) };
-                let next = next.map(|b| (b.term.b, b.part(n_next, K::COLUMNS.min(end - n_next))));
-                self.tiles(Area { column: n, columns, ..area }, &block, a, panel, |share, shares| {
-                    if let Some((b, part)) = next {
-                        b.prefetch(part, share, shares);
-                    }
-                });
-            }
-        }
-        self.finish(area);
-    }
-
     /// Every B is packed once, some columns and some blocks at a time, then every task owns some rows: for many
     /// rows.
     fn split_rows(

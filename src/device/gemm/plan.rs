@@ -21,8 +21,12 @@ const TRANSPOSED_ROWS: usize = 48;
 /// Tasks per thread that even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 4;
 
-/// The fewest panels of a task that copies A for itself, when rows are many enough to matter.
+/// The fewest panels of a task that goes through all of A, when rows are many enough to matter.
 const PANELS_PER_TASK: usize = 8;
+
+/// The most floats of C of a task that owns columns: each block of K goes through them, so they and a block of A should
+/// stay in the L2 cache.
+const HOT_FLOATS: usize = 112 << 10;
 
 /// Who owns what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +64,8 @@ impl Plan {
             let (rows, blocks) = cut::<K>(m, m.div_ceil(BLOCK_ROWS));
             let tasks = (TASKS_PER_THREAD * threads).div_ceil(blocks);
             let least = if m <= LITTLE_ROWS { 1 } else { PANELS_PER_TASK };
-            let each = panels.div_ceil(tasks).max(least.min(panels));
+            let hot = HOT_FLOATS / (rows * K::COLUMNS);
+            let each = panels.div_ceil(tasks).min(hot).max(least.min(panels));
             return Plan { rows, blocks, m, split: Split::Columns { per_task: each * K::COLUMNS } };
         }
         let least = (TASKS_PER_THREAD * threads).min(m.div_ceil(least_rows));
