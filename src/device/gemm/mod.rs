@@ -43,8 +43,8 @@ const A_STRIDE: usize = DEPTH + 16;
 /// The most rows of a block of A: with it, half the L2 cache stays free for C and B.
 const BLOCK_ROWS: usize = 288;
 
-/// Panels whose columns of a block of rows fit into the L2 cache.
-const HOT_PANELS: usize = 8;
+/// Panels whose columns of a block of rows fit into the L2 cache, beside a block of A.
+const HOT_PANELS: usize = 12;
 
 /// A sum of products: C = sum over terms of op(A) op(B).
 #[derive(Debug, Clone, Copy)]
@@ -308,7 +308,10 @@ impl<K: Kernel> Job<'_, K> {
         let panels = columns_at_once.div_ceil(K::COLUMNS);
         let bytes = (panels * panel_floats).saturating_mul(size_of::<f32>());
         let mut packed = cx.device().take("a packed matrix", bytes)?;
-        let scratch = Scratch::new(cx.device(), "a matrix product", plan.blocks, plan.rows * A_STRIDE)?;
+        // Each term may end in a short block.
+        let most = (depth_at_once / DEPTH).saturating_add(1 + self.product.terms.len());
+        let copies = self.product.blocks().count().min(most) * plan.rows * A_STRIDE;
+        let scratch = Scratch::new(cx.device(), "a matrix product", plan.blocks, copies)?;
         for (first, columns) in steps(0, n, columns_at_once) {
             // Without any depth there is still an epilogue.
             for (start, length) in steps(0, depth.max(1), depth_at_once) {
@@ -339,19 +342,14 @@ impl<K: Kernel> Job<'_, K> {
         }
     }
 
+    /// `a` has room for the copies of all blocks of the group.
     fn packed_panels(&self, area: Area, group: Group, a: &mut [f32], packed: &[f32]) {
-        // One copied block of A serves any number of columns: finish them while they are in the L2 cache.
+        let distance = area.rows * A_STRIDE;
         let of_group = || self.product.blocks().filter(|block| group.holds(block));
-        let mut blocks = of_group();
-        let only = blocks.next().filter(|_| blocks.next().is_none());
-        let at_once = if only.is_some() { HOT_PANELS * K::COLUMNS } else { area.columns };
-        if let Some(block) = only {
-            self.copy_a(area, &block, a);
-        }
-        for (first, columns) in steps(area.column, area.columns, at_once) {
-            let part = Area { column: first, columns, ..area };
-            for block in of_group() {
-                if only.is_none() {
+        // All of K for some columns, whose sums stay in the L2 cache meanwhile.
+        for (first, columns) in steps(area.column, area.columns, HOT_PANELS * K::COLUMNS) {
+            for (block, a) in of_group().zip(a.chunks_mut(distance)) {
+                if first == area.column {
                     self.copy_a(area, &block, a);
                 }
                 for (column, columns) in steps(first, columns, K::COLUMNS) {
@@ -362,7 +360,7 @@ impl<K: Kernel> Job<'_, K> {
                 }
             }
             if group.end >= self.product.depth() {
-                self.finish(part);
+                self.finish(Area { column: first, columns, ..area });
             }
         }
     }

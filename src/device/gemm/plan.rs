@@ -11,9 +11,10 @@ const LITTLE_ROWS: usize = 96;
 /// The most floats of B that lie packed at once: a share of the L3 cache.
 const PACKED_FLOATS: usize = 2 << 20;
 
-/// How much of K is packed at once if A is transposed: whole blocks. K is then the rows of a batch, often very many.
-/// All of it would leave room for few columns, and A is copied anew for each round of columns.
-const DEPTH_AT_ONCE: usize = 8 * DEPTH;
+/// How much of K is copied and packed at once: whole blocks. If A is transposed K is the rows of a batch, often very
+/// many: all of it would leave room for few columns, and A is copied anew for each round of columns.
+const DEPTH_AT_ONCE: usize = 16 * DEPTH;
+const DEPTH_AT_ONCE_TRANSPOSED: usize = 8 * DEPTH;
 
 /// The fewest rows of a task if A is transposed: whole tiles of each kernel, and whole cache lines of A.
 const TRANSPOSED_ROWS: usize = 48;
@@ -55,8 +56,8 @@ impl Plan {
         let panels = n.div_ceil(K::COLUMNS);
         let wide = panels >= PANELS_PER_TASK * threads;
         let (least_rows, depth_at_once) = match order {
-            Order::Rows => (2 * K::ROWS, usize::MAX),
-            Order::Columns => (TRANSPOSED_ROWS, DEPTH_AT_ONCE),
+            Order::Rows => (2 * K::ROWS, DEPTH_AT_ONCE),
+            Order::Columns => (TRANSPOSED_ROWS, DEPTH_AT_ONCE_TRANSPOSED),
         };
         // A transposed A costs too much to be copied for a few panels.
         let costly = order == Order::Columns && panels < PANELS_PER_TASK;
