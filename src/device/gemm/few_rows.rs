@@ -2,7 +2,7 @@
 //! panels of B just before it uses them.
 
 use super::plan::Plan;
-use super::{A_STRIDE, Area, Block, DEPTH, Job, Kernel, steps};
+use super::{A_STRIDE, Ahead, Area, Block, DEPTH, Job, Kernel, steps};
 use crate::device::scratch::{Scratch, floats, floats_mut};
 use crate::device::simd::prefetch;
 use crate::device::{Buffer, Context};
@@ -62,12 +62,10 @@ impl<K: Kernel> Job<'_, K> {
                 };
                 let next = next.map(|b| (b.term.b, b.part(n_next, K::COLUMNS.min(end - n_next))));
                 self.tiles(Area { column: n, columns, ..area }, &block, a, panel, |share, shares| {
-                    if let Some((b, part)) = next {
-                        b.prefetch(part, share, shares);
-                    }
                     if n == area.column {
                         ask_for_rows::<K>(&block, a, share + TILES_AHEAD);
                     }
+                    next.map_or(Ahead::NONE, |(b, part)| b.ahead(part, share, shares))
                 });
             }
         }

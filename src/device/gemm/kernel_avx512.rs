@@ -12,6 +12,9 @@ pub(super) struct Avx512;
 
 const COLUMNS: usize = 32;
 
+/// Steps of k between two cache lines that are asked for.
+const STEPS_PER_LINE: usize = 4;
+
 impl Kernel for Avx512 {
     const ROWS: usize = 12;
     const COLUMNS: usize = COLUMNS;
@@ -72,9 +75,15 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
         prefetch_to_write(c);
         prefetch_to_write(c.wrapping_add(tile.columns - 1));
     }
+    // One line every few steps: more at once would have to wait for each other.
+    let mut ahead = tile.ahead;
+    ahead.ask_until(tile.depth / STEPS_PER_LINE);
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
     unsafe {
-        for _ in 0..tile.depth {
+        for k in 0..tile.depth {
+            if k % STEPS_PER_LINE == 0 {
+                ahead.ask();
+            }
             let low = _mm512_loadu_ps(b);
             let high = _mm512_loadu_ps(b.add(16));
             for (r, sums) in sums.iter_mut().enumerate() {

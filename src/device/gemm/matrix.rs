@@ -50,6 +50,23 @@ impl<'a> MatrixA<'a> {
         fits("gemm: a", rows, columns, self.leading, self.values.len())
     }
 
+    /// Share `i` of `count` of the cache lines of `rows` rows from `row` on, `depth` values from `k` on.
+    pub(super) fn ahead(
+        &self,
+        [row, rows]: [usize; 2],
+        [k, depth]: [usize; 2],
+        i: usize,
+        count: usize,
+    ) -> Ahead {
+        let [rows, length] = match self.order {
+            Order::Rows => [rows, depth],
+            Order::Columns => [depth, rows],
+        };
+        let first = self.values.as_ptr().wrapping_add(self.index(row, k)).cast();
+        let size = size_of::<f32>();
+        Ahead::share(first, [rows, length * size], self.leading * size, i, count)
+    }
+
     /// Where A(i, k) lies.
     pub(super) fn index(&self, i: usize, k: usize) -> usize {
         match self.order {
@@ -126,6 +143,59 @@ impl<'a> Values<'a> {
     }
 }
 
+/// Cache lines to ask for ahead of their use: the first line of each row, then the second. Rows are far apart, and line
+/// after line of one would have its page looked up anew each time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ahead {
+    /// The line of the first row.
+    at: *const u8,
+    /// The row that is next.
+    row: usize,
+    rows: usize,
+    /// Bytes between rows.
+    stride: usize,
+    /// Lines still to ask for.
+    left: usize,
+}
+
+impl Ahead {
+    /// Nothing.
+    pub const NONE: Self = Ahead { at: std::ptr::null(), row: 0, rows: 1, stride: 0, left: 0 };
+
+    /// Share `i` of `count` of the lines that hold `rows` rows of `bytes` bytes, `stride` bytes apart.
+    fn share(first: *const u8, [rows, bytes]: [usize; 2], stride: usize, i: usize, count: usize) -> Self {
+        if rows == 0 {
+            return Ahead::NONE;
+        }
+        // Rows that do not begin with a line end in one more.
+        let begun = first.addr() % CACHE_LINE;
+        let lines = rows * (begun + bytes).div_ceil(CACHE_LINE);
+        let (from, to) = (lines * i / count, lines * (i + 1) / count);
+        let at = first.wrapping_sub(begun).wrapping_add(from / rows * CACHE_LINE);
+        Ahead { at, row: from % rows, rows, stride, left: to - from }
+    }
+
+    /// Asks for the next line, if there is one left.
+    #[inline(always)]
+    pub fn ask(&mut self) {
+        if self.left > 0 {
+            prefetch(self.at.wrapping_add(self.row * self.stride));
+            self.left -= 1;
+            self.row += 1;
+            if self.row == self.rows {
+                (self.row, self.at) = (0, self.at.wrapping_add(CACHE_LINE));
+            }
+        }
+    }
+
+    /// Asks for lines until at most `left` are left.
+    pub fn ask_until(&mut self, left: usize) {
+        while self.left > left {
+            self.ask();
+        }
+    }
+}
+
 /// B of a product op(A) op(B). A range of the inputs of a larger matrix is one too: its slice begins there.
 #[derive(Debug, Clone, Copy)]
 pub struct MatrixB<'a> {
@@ -157,26 +227,14 @@ impl MatrixB<'_> {
         }
     }
 
-    /// Asks for share `i` of `count` of the cache lines of a part: the first line of each row, then the second. Rows are
-    /// far apart, and line after line of one would have its page looked up anew each time.
-    pub(super) fn prefetch(&self, part: Part, i: usize, count: usize) {
+    /// Share `i` of `count` of the cache lines of a part.
+    pub(super) fn ahead(&self, part: Part, i: usize, count: usize) -> Ahead {
         let (rows, length) = match self.layout {
             Layout::RowsAreOutputs => (part.columns, part.depth),
             Layout::RowsAreInputs => (part.depth, part.columns),
         };
-        let (first, line) = (self.index(part.k, part.n), CACHE_LINE / self.values.size());
-        // Rows that do not begin with a line end in one more.
-        let begun = self.values.address(first).addr() % CACHE_LINE != 0;
-        let lines = rows * (length.div_ceil(line) + usize::from(begun));
-        let (from, to) = (lines * i / count, lines * (i + 1) / count);
-        let (mut row, mut at) = (from % rows.max(1), from / rows.max(1) * line);
-        for _ in from..to {
-            prefetch(self.values.address(first + row * self.leading + at.min(length - 1)));
-            row += 1;
-            if row == rows {
-                (row, at) = (0, at + line);
-            }
-        }
+        let (size, first) = (self.values.size(), self.values.address(self.index(part.k, part.n)));
+        Ahead::share(first, [rows, length * size], self.leading * size, i, count)
     }
 
     /// The plain definition of packing, for what the vector code of a kernel leaves over: the rows of `panel`

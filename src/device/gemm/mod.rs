@@ -23,6 +23,7 @@ mod serial;
 #[cfg(test)]
 mod tests;
 
+use matrix::Ahead;
 pub use matrix::{Layout, MatrixA, MatrixB, Order, Values};
 pub use serial::{Packed, Serial};
 
@@ -123,6 +124,8 @@ struct Tile<'a> {
     ldc: usize,
     /// Whether to add to C rather than overwrite it.
     accumulate: bool,
+    /// What will be packed next.
+    ahead: Ahead,
 }
 
 impl Tile<'_> {
@@ -348,15 +351,24 @@ impl<K: Kernel> Job<'_, K> {
         let of_group = || self.product.blocks().filter(|block| group.holds(block));
         // All of K for some columns, whose sums stay in the L2 cache meanwhile.
         for (first, columns) in steps(area.column, area.columns, HOT_PANELS * K::COLUMNS) {
-            for (block, a) in of_group().zip(a.chunks_mut(distance)) {
+            let mut blocks = of_group().zip(a.chunks_mut(distance)).peekable();
+            while let Some((block, a)) = blocks.next() {
                 if first == area.column {
                     self.copy_a(area, &block, a);
                 }
-                for (column, columns) in steps(first, columns, K::COLUMNS) {
+                // What is copied after this block.
+                let next = blocks.peek().map(|(block, _)| *block).filter(|_| first == area.column);
+                let panels = columns.div_ceil(K::COLUMNS);
+                for (i, (column, columns)) in steps(first, columns, K::COLUMNS).enumerate() {
                     let panel = (column - area.column) / K::COLUMNS * group.panel_floats;
                     let panel = &packed[panel + (block.at - group.start) * K::COLUMNS..];
                     let panel = &panel[..block.depth * K::COLUMNS];
-                    self.tiles(Area { column, columns, ..area }, &block, a, panel, |_, _| ());
+                    self.tiles(Area { column, columns, ..area }, &block, a, panel, |tile, tiles| {
+                        let (share, shares) = (i * tiles + tile, panels * tiles);
+                        next.map_or(Ahead::NONE, |next| {
+                            next.term.a.ahead([area.row, area.rows], [next.k, next.depth], share, shares)
+                        })
+                    });
                 }
             }
             if group.end >= self.product.depth() {
@@ -376,18 +388,26 @@ impl<K: Kernel> Job<'_, K> {
         }
     }
 
-    /// One panel's tiles, `between` being called with (i, count) before tile i.
-    fn tiles(&self, area: Area, block: &Block, a: &[f32], panel: &[f32], between: impl Fn(usize, usize)) {
+    /// One panel's tiles. `ahead` tells what tile i of so many shall ask for.
+    fn tiles(
+        &self,
+        area: Area,
+        block: &Block,
+        a: &[f32],
+        panel: &[f32],
+        ahead: impl Fn(usize, usize) -> Ahead,
+    ) {
         let count = area.rows.div_ceil(K::ROWS);
         for i in 0..count {
-            between(i, count);
+            let ahead = ahead(i, count);
             let first = i * K::ROWS;
             let rows = K::ROWS.min(area.rows - first);
             let at = (area.row + first) * self.ldc + area.column;
             let c = self.out.pointer(at, (rows - 1) * self.ldc + area.columns);
             let (ldc, accumulate) = (self.ldc, block.at > 0 || self.product.accumulate);
             let a = &a[first * A_STRIDE..];
-            let tile = Tile { rows, columns: area.columns, depth: block.depth, a, panel, c, ldc, accumulate };
+            let (columns, depth) = (area.columns, block.depth);
+            let tile = Tile { rows, columns, depth, a, panel, c, ldc, accumulate, ahead };
             // SAFETY: `pointer` checked the bounds of C, this task alone owns the area; the level was detected.
             unsafe { tile.run::<K>() };
         }

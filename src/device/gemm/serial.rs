@@ -1,7 +1,8 @@
 //! Small products on the calling thread, in memory that the caller brings: what attention is made of.
 
 use super::{
-    A_STRIDE, BLOCK_ROWS, Kernel, MatrixB, Tile, blocks, copy_rows, fits, pack_panel, steps, with_kernel,
+    A_STRIDE, Ahead, BLOCK_ROWS, Kernel, MatrixB, Tile, blocks, copy_rows, fits, pack_panel, steps,
+    with_kernel,
 };
 use crate::device::simd::{self, Level};
 use crate::error::Result;
@@ -96,7 +97,10 @@ fn multiply<K: Kernel>(x: &Packed, scratch: &mut [f32], out: &mut [f32], ldc: us
                     let c = out[(row + first) * ldc + column..][..(rows - 1) * ldc + columns].as_mut_ptr();
                     let accumulate = x.accumulate || k > 0;
                     // SAFETY: the slice of C was just measured and is borrowed exclusively; the level was detected.
-                    unsafe { Tile { rows, columns, depth, a, panel, c, ldc, accumulate }.run::<K>() };
+                    unsafe {
+                        Tile { rows, columns, depth, a, panel, c, ldc, accumulate, ahead: Ahead::NONE }
+                            .run::<K>()
+                    };
                 }
             }
         }
