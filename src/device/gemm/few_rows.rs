@@ -65,7 +65,7 @@ impl<K: Kernel> Job<'_, K> {
                     if n == area.column {
                         ask_for_rows::<K>(&block, a, share + TILES_AHEAD);
                     }
-                    next.map_or(Ahead::NONE, |(b, part)| b.ahead(part, share, shares))
+                    [next.map_or(Ahead::NONE, |(b, part)| b.ahead(part, share, shares)), Ahead::NONE]
                 });
             }
         }

@@ -57,8 +57,7 @@ impl Kernel for Avx2 {
 unsafe fn multiply<const R: usize>(tile: &Tile) {
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     let (mut a, mut b) = (tile.a.as_ptr(), tile.panel.as_ptr());
-    let mut ahead = tile.ahead;
-    ahead.ask_until(0);
+    tile.ahead.into_iter().for_each(|mut ahead| ahead.ask_until(0));
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
     unsafe {
         for _ in 0..tile.depth {

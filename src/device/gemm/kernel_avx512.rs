@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::device::simd::{prefetch, prefetch_to_write};
 
-use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values};
+use super::{A_STRIDE, Ahead, Kernel, Layout, MatrixB, Part, Tile, Values};
 
 pub(super) struct Avx512;
 
@@ -77,12 +77,12 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
     }
     // One line every few steps: more at once would have to wait for each other.
     let mut ahead = tile.ahead;
-    ahead.ask_until(tile.depth / STEPS_PER_LINE);
+    ahead.iter_mut().for_each(|ahead| ahead.ask_until(tile.depth / STEPS_PER_LINE));
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
     unsafe {
         for k in 0..tile.depth {
             if k % STEPS_PER_LINE == 0 {
-                ahead.ask();
+                ahead.iter_mut().for_each(Ahead::ask);
             }
             let low = _mm512_loadu_ps(b);
             let high = _mm512_loadu_ps(b.add(16));

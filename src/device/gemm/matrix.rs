@@ -162,6 +162,11 @@ impl Ahead {
     /// Nothing.
     pub const NONE: Self = Ahead { at: std::ptr::null(), row: 0, rows: 1, stride: 0, left: 0 };
 
+    /// Share `i` of `count` of the lines of a slice.
+    pub fn floats(values: &[f32], i: usize, count: usize) -> Self {
+        Self::share(values.as_ptr().cast(), [1, size_of_val(values)], 0, i, count)
+    }
+
     /// Share `i` of `count` of the lines that hold `rows` rows of `bytes` bytes, `stride` bytes apart.
     fn share(first: *const u8, [rows, bytes]: [usize; 2], stride: usize, i: usize, count: usize) -> Self {
         if rows == 0 {

@@ -124,8 +124,8 @@ struct Tile<'a> {
     ldc: usize,
     /// Whether to add to C rather than overwrite it.
     accumulate: bool,
-    /// What will be packed next.
-    ahead: Ahead,
+    /// What will be packed, copied or multiplied next.
+    ahead: [Ahead; 2],
 }
 
 impl Tile<'_> {
@@ -351,24 +351,45 @@ impl<K: Kernel> Job<'_, K> {
         let of_group = || self.product.blocks().filter(|block| group.holds(block));
         // All of K for some columns, whose sums stay in the L2 cache meanwhile.
         for (first, columns) in steps(area.column, area.columns, HOT_PANELS * K::COLUMNS) {
+            let panel_of = |block: &Block, column: usize| {
+                let panel = (column - area.column) / K::COLUMNS * group.panel_floats;
+                &packed[panel + (block.at - group.start) * K::COLUMNS..][..block.depth * K::COLUMNS]
+            };
             let mut blocks = of_group().zip(a.chunks_mut(distance)).peekable();
             while let Some((block, a)) = blocks.next() {
                 if first == area.column {
                     self.copy_a(area, &block, a);
                 }
+                let after = blocks.peek().map(|(block, _)| *block);
                 // What is copied after this block.
-                let next = blocks.peek().map(|(block, _)| *block).filter(|_| first == area.column);
+                let copied = after.filter(|_| first == area.column);
                 let panels = columns.div_ceil(K::COLUMNS);
-                for (i, (column, columns)) in steps(first, columns, K::COLUMNS).enumerate() {
-                    let panel = (column - area.column) / K::COLUMNS * group.panel_floats;
-                    let panel = &packed[panel + (block.at - group.start) * K::COLUMNS..];
-                    let panel = &panel[..block.depth * K::COLUMNS];
-                    self.tiles(Area { column, columns, ..area }, &block, a, panel, |tile, tiles| {
-                        let (share, shares) = (i * tiles + tile, panels * tiles);
-                        next.map_or(Ahead::NONE, |next| {
-                            next.term.a.ahead([area.row, area.rows], [next.k, next.depth], share, shares)
-                        })
-                    });
+                for (i, (column, columns_here)) in steps(first, columns, K::COLUMNS).enumerate() {
+                    let panel = panel_of(&block, column);
+                    let next = match after {
+                        _ if i + 1 < panels => Some(panel_of(&block, column + K::COLUMNS)),
+                        after => after.map(|after| panel_of(&after, first)),
+                    };
+                    self.tiles(
+                        Area { column, columns: columns_here, ..area },
+                        &block,
+                        a,
+                        panel,
+                        |tile, tiles| {
+                            let (share, shares) = (i * tiles + tile, panels * tiles);
+                            [
+                                next.map_or(Ahead::NONE, |next| Ahead::floats(next, tile, tiles)),
+                                copied.map_or(Ahead::NONE, |next| {
+                                    next.term.a.ahead(
+                                        [area.row, area.rows],
+                                        [next.k, next.depth],
+                                        share,
+                                        shares,
+                                    )
+                                }),
+                            ]
+                        },
+                    );
                 }
             }
             if group.end >= self.product.depth() {
@@ -395,7 +416,7 @@ impl<K: Kernel> Job<'_, K> {
         block: &Block,
         a: &[f32],
         panel: &[f32],
-        ahead: impl Fn(usize, usize) -> Ahead,
+        ahead: impl Fn(usize, usize) -> [Ahead; 2],
     ) {
         let count = area.rows.div_ceil(K::ROWS);
         for i in 0..count {

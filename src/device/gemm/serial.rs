@@ -98,7 +98,7 @@ fn multiply<K: Kernel>(x: &Packed, scratch: &mut [f32], out: &mut [f32], ldc: us
                     let accumulate = x.accumulate || k > 0;
                     // SAFETY: the slice of C was just measured and is borrowed exclusively; the level was detected.
                     unsafe {
-                        Tile { rows, columns, depth, a, panel, c, ldc, accumulate, ahead: Ahead::NONE }
+                        Tile { rows, columns, depth, a, panel, c, ldc, accumulate, ahead: [Ahead::NONE; 2] }
                             .run::<K>()
                     };
                 }
