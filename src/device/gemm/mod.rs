@@ -17,6 +17,7 @@ mod kernel_avx2;
 #[cfg(target_arch = "x86_64")]
 mod kernel_avx512;
 mod kernel_baseline;
+mod many_rows;
 mod matrix;
 mod plan;
 mod serial;
@@ -30,7 +31,7 @@ pub use serial::{Packed, Serial};
 use std::ops::Range;
 
 use super::Context;
-use super::scratch::{Scratch, SharedMut, floats, floats_mut};
+use super::scratch::SharedMut;
 use super::simd::{self, Level};
 use crate::error::{Error, Result};
 use plan::{Plan, Split};
@@ -43,9 +44,6 @@ const A_STRIDE: usize = DEPTH + 16;
 
 /// The most rows of a block of A: with it, half the L2 cache stays free for C and B.
 const BLOCK_ROWS: usize = 288;
-
-/// Panels whose columns of a block of rows fit into the L2 cache, beside a block of A.
-const HOT_PANELS: usize = 12;
 
 /// A sum of products: C = sum over terms of op(A) op(B).
 #[derive(Debug, Clone, Copy)]
@@ -263,21 +261,6 @@ fn run<K: Kernel>(
     }
 }
 
-/// Blocks that are packed together: those whose first k, counted through all terms, is within a range.
-#[derive(Debug, Clone, Copy)]
-struct Group {
-    start: usize,
-    end: usize,
-    /// Floats of a packed panel, of which the group fills the first.
-    panel_floats: usize,
-}
-
-impl Group {
-    fn holds(&self, block: &Block) -> bool {
-        (self.start..self.end).contains(&block.at)
-    }
-}
-
 /// A rectangle of C.
 #[derive(Debug, Clone, Copy)]
 struct Area {
@@ -296,108 +279,6 @@ struct Job<'a, K> {
 }
 
 impl<K: Kernel> Job<'_, K> {
-    /// Every B is packed once, some columns and some blocks at a time, then every task owns some rows: for many
-    /// rows.
-    fn split_rows(
-        &self,
-        cx: &Context,
-        plan: &Plan,
-        columns_at_once: usize,
-        depth_at_once: usize,
-    ) -> Result<()> {
-        let (n, depth) = (self.product.n, self.product.depth());
-        // The last block of a group may reach beyond it.
-        let panel_floats = depth.min(depth_at_once.saturating_add(DEPTH)) * K::COLUMNS;
-        let panels = columns_at_once.div_ceil(K::COLUMNS);
-        let bytes = (panels * panel_floats).saturating_mul(size_of::<f32>());
-        let mut packed = cx.device().take("a packed matrix", bytes)?;
-        // Each term may end in a short block.
-        let most = (depth_at_once / DEPTH).saturating_add(1 + self.product.terms.len());
-        let copies = self.product.blocks().count().min(most) * plan.rows * A_STRIDE;
-        let scratch = Scratch::new(cx.device(), "a matrix product", plan.blocks, copies)?;
-        for (first, columns) in steps(0, n, columns_at_once) {
-            // Without any depth there is still an epilogue.
-            for (start, length) in steps(0, depth.max(1), depth_at_once) {
-                let group = Group { start, end: start + length, panel_floats };
-                let shared = SharedMut::new(floats_mut(&mut packed));
-                cx.parallel(columns.div_ceil(K::COLUMNS), |panel| {
-                    // SAFETY: each task has its own panel of the buffer, which outlives the loop.
-                    let to = unsafe { shared.part(panel * panel_floats, panel_floats) };
-                    let n = first + panel * K::COLUMNS;
-                    self.pack_group(group, n, K::COLUMNS.min(first + columns - n), to);
-                })?;
-                let packed = floats(&packed);
-                cx.parallel(plan.blocks, |task| {
-                    let area = plan.area(task, first, columns, n);
-                    scratch.with(|a| self.packed_panels(area, group, a, packed));
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// One panel of the blocks of a group.
-    fn pack_group(&self, group: Group, n: usize, columns: usize, panel: &mut [f32]) {
-        for block in self.product.blocks().filter(|block| group.holds(block)) {
-            let panel = &mut panel[(block.at - group.start) * K::COLUMNS..][..block.depth * K::COLUMNS];
-            // SAFETY: `check` saw all of every B inside its slice; this level was detected.
-            unsafe { K::pack(&block.term.b, block.part(n, columns), panel) };
-        }
-    }
-
-    /// `a` has room for the copies of all blocks of the group.
-    fn packed_panels(&self, area: Area, group: Group, a: &mut [f32], packed: &[f32]) {
-        let distance = area.rows * A_STRIDE;
-        let of_group = || self.product.blocks().filter(|block| group.holds(block));
-        // All of K for some columns, whose sums stay in the L2 cache meanwhile.
-        for (first, columns) in steps(area.column, area.columns, HOT_PANELS * K::COLUMNS) {
-            let panel_of = |block: &Block, column: usize| {
-                let panel = (column - area.column) / K::COLUMNS * group.panel_floats;
-                &packed[panel + (block.at - group.start) * K::COLUMNS..][..block.depth * K::COLUMNS]
-            };
-            let mut blocks = of_group().zip(a.chunks_mut(distance)).peekable();
-            while let Some((block, a)) = blocks.next() {
-                if first == area.column {
-                    self.copy_a(area, &block, a);
-                }
-                let after = blocks.peek().map(|(block, _)| *block);
-                // What is copied after this block.
-                let copied = after.filter(|_| first == area.column);
-                let panels = columns.div_ceil(K::COLUMNS);
-                for (i, (column, columns_here)) in steps(first, columns, K::COLUMNS).enumerate() {
-                    let panel = panel_of(&block, column);
-                    let next = match after {
-                        _ if i + 1 < panels => Some(panel_of(&block, column + K::COLUMNS)),
-                        after => after.map(|after| panel_of(&after, first)),
-                    };
-                    self.tiles(
-                        Area { column, columns: columns_here, ..area },
-                        &block,
-                        a,
-                        panel,
-                        |tile, tiles| {
-                            let (share, shares) = (i * tiles + tile, panels * tiles);
-                            [
-                                next.map_or(Ahead::NONE, |next| Ahead::floats(next, tile, tiles)),
-                                copied.map_or(Ahead::NONE, |next| {
-                                    next.term.a.ahead(
-                                        [area.row, area.rows],
-                                        [next.k, next.depth],
-                                        share,
-                                        shares,
-                                    )
-                                }),
-                            ]
-                        },
-                    );
-                }
-            }
-            if group.end >= self.product.depth() {
-                self.finish(Area { column: first, columns, ..area });
-            }
-        }
-    }
-
     /// Copies a block of its term's A to rows [`A_STRIDE`] apart.
     fn copy_a(&self, area: Area, block: &Block, to: &mut [f32]) {
         let a = &block.term.a;
