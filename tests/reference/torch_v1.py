@@ -100,7 +100,7 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(t_channels, 2 * channels)
 
     def forward(self, x, t_embedding):
-        a, b = self.mapper(t_embedding)[:, :, None, None].chunk(2, dim=1)
+        a, b = self.mapper(t_embedding.to(x.dtype))[:, :, None, None].chunk(2, dim=1)
         return x * (1 + a) + b
 
 
