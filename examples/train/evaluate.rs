@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The captions that are drawn are spread over each data set; those of the second were not trained on. `--judge MODEL`
-//! takes another model's pair, so that two models have one judge. Rows: the pictures themselves (what the pair can tell
+//! takes another model's pair, so that two models have one judge; `--dtype i8` draws in
+//! that type. Rows: the pictures themselves (what the pair can tell
 //! at best), the same through Stage A, through Stage B from their true latents, and drawn from the captions alone.
 
 mod dataset;
@@ -20,7 +21,8 @@ use dataset::Dataset;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-const USAGE: &str = "usage: evaluate MODEL DATA [HELD-OUT]… [--judge MODEL] [--captions N] [--seed N]";
+const USAGE: &str =
+    "usage: evaluate MODEL DATA [HELD-OUT]… [--judge MODEL] [--captions N] [--seed N] [--dtype TYPE]";
 
 struct Arguments {
     model: PathBuf,
@@ -28,6 +30,7 @@ struct Arguments {
     judge: Option<PathBuf>,
     captions: usize,
     seed: u64,
+    options: ModelOptions,
 }
 
 fn main() {
@@ -39,7 +42,7 @@ fn main() {
 
 fn run() -> Outcome<()> {
     let arguments = parse()?;
-    let model = Model::open(&arguments.model, &ModelOptions::default())?;
+    let model = Model::open(&arguments.model, &arguments.options)?;
     let judge = Retrieval::new(arguments.judge.as_ref().unwrap_or(&arguments.model))?;
     let side = model.info().default_width;
     let sets =
@@ -96,8 +99,14 @@ fn drawn(model: &Model, captions: &[&str], images: Option<&[Image]>, seed: u64) 
 
 fn parse() -> Outcome<Arguments> {
     let mut places: Vec<PathBuf> = Vec::new();
-    let mut parsed =
-        Arguments { model: PathBuf::new(), data: Vec::new(), judge: None, captions: 96, seed: 0 };
+    let mut parsed = Arguments {
+        model: PathBuf::new(),
+        data: Vec::new(),
+        judge: None,
+        captions: 96,
+        seed: 0,
+        options: ModelOptions::default(),
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if !word.starts_with("--") {
@@ -109,6 +118,7 @@ fn parse() -> Outcome<Arguments> {
             "--judge" => parsed.judge = Some(value.into()),
             "--captions" => parsed.captions = value.parse()?,
             "--seed" => parsed.seed = value.parse()?,
+            "--dtype" => parsed.options.set("compute_dtype", &value)?,
             _ => return Err(format!("{word}: unknown\n{USAGE}").into()),
         }
     }

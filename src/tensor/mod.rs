@@ -193,6 +193,11 @@ impl Tensor {
         Ok(&mut self.storage.bytes_mut()?[self.offset..self.offset + len])
     }
 
+    /// The mapped file that the elements are part of, if they are.
+    pub(crate) fn file(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        self.storage.file()
+    }
+
     /// Whether nobody else owns the storage: only then the elements may be written.
     pub fn is_own(&mut self) -> bool {
         self.storage.is_own()
