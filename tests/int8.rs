@@ -8,6 +8,7 @@ mod folder;
 use std::path::Path;
 
 use folder::{bare, distance, emoji, picture, short, tiny, v2};
+use wuerstchen::training::{Goal, TrainOptions};
 use wuerstchen::{DType, Error, GenerateOptions, Model, ModelOptions, Residency, Stage, Tensor};
 
 fn open(path: &Path, dtype: DType, threads: u32) -> Model {
@@ -45,7 +46,7 @@ fn one_step_of_stage_c_moves_little() {
         let [right, found] = [&exact, &coarse].map(|m| m.stage_c_predict(&noised, &t, &text).unwrap());
         let moved = error(&found, &right);
         println!("Stage C at t = {time}: {moved:.5}");
-        assert!((1e-5..0.05).contains(&moved), "{time}: {moved}");
+        assert!((1e-5..0.02).contains(&moved), "{time}: {moved}");
     }
 }
 
@@ -62,7 +63,7 @@ fn a_walk_of_stage_c_and_the_tokens_of_stage_b_move_little() {
         [&exact, &coarse].map(|m| m.stage_c_sample(&texts[0], None, None, &options(m)).unwrap());
     let moved = error(&found, &right);
     println!("Stage C, the whole walk: {moved:.5}");
-    assert!((1e-5..0.2).contains(&moved), "{moved}");
+    assert!((1e-5..0.05).contains(&moved), "{moved}");
 
     let [tokens, others] =
         [&exact, &coarse].map(|m| m.stage_b_sample(&right, &texts[1], None, &options(m)).unwrap());
@@ -71,7 +72,7 @@ fn a_walk_of_stage_c_and_the_tokens_of_stage_b_move_little() {
     println!("Stage B, tokens that differ: {differing:.4}");
     let pixels = [tokens, others].map(|tokens| exact.stage_a_decode(&tokens).unwrap());
     println!("and their pixels: {:.5}", error(&pixels[1], &pixels[0]));
-    assert!(differing < 0.5, "{differing}");
+    assert!(differing < 0.25, "{differing}");
     assert!(error(&pixels[1], &pixels[0]) < 0.1);
 }
 
@@ -140,7 +141,7 @@ fn what_computes_otherwise_refuses() {
         }
         other => panic!("{other}"),
     }
-    let mut training = wuerstchen::training::TrainOptions::default();
+    let mut training = TrainOptions::new(Goal::StageC);
     assert!(matches!(training.set_compute_dtype(DType::I8), Err(Error::InvalidArgument { .. })));
 }
 

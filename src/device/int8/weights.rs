@@ -178,7 +178,8 @@ pub struct QuantisedWeights {
 }
 
 impl QuantisedWeights {
-    /// The weights of `source`, which are part of `file`, in eight bits; nothing if one is not finite.
+    /// The weights of `source`, which are part of a file, in eight bits; nothing if one is not finite. `file` is called
+    /// once they have been read for the first time.
     ///
     /// # Errors
     /// `OutOfMemory`; `Cancelled`.

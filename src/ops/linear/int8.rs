@@ -30,7 +30,11 @@ impl<'a> Weights<'a> {
             return Ok(false);
         }
         let source = Source { matrix: term.b, n, k: term.k };
-        let packed = kept.get(cx, &source, || file)?;
+        let packed = kept.get(cx, &source, || {
+            // From now on the copy is read.
+            weight.advise_dont_need();
+            file
+        })?;
         let found = packed.is_some();
         if let (Some(packed), Some(place)) = (packed, self.terms.get_mut(self.count)) {
             *place = Some((term.a.values, packed));
