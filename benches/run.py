@@ -2,12 +2,13 @@
 """Times the library beside its rival, part by part, and writes a dated record.
 
     python3 benches/run.py [--generation 1|2] [--model DIR] [--parts text,c,b,a] [--threads 1,2] [--repeats N]
-                           [--rounds N] [--no-record]
+                           [--rounds N] [--dtype f32|i8] [--no-record]
 
 The rival is eager PyTorch: for v1 the networks of `tests/reference/torch_v1.py`, for v2 diffusers' own. Per part and
 thread count the two run in turn (ours, rival, ours, rival), each in a process of its own, on the same weights. The
 table gives the median and the minimum of all timed passes; the ratio is ours / rival of the medians, below 1 where the
-library is faster. Other load on the machine during each process is measured and shown: where it is much, the record
+library is faster. With --dtype i8 the library computes the products of its blocks in eight bits; the rival stays in
+float32. Other load on the machine during each process is measured and shown: where it is much, the record
 says so. For v2 a decoder step that computes everything itself is timed too, beside what is computed once.
 
 The model folder (random weights at the published size) is made under build/bench-model or build/bench-model-v2 if it
@@ -142,7 +143,7 @@ def measure(args, about, stages):
             row = Row(part, threads)
             common = ["--model", args.model, "--part", part, "--threads", threads, "--repeats", args.repeats]
             for _ in range(args.rounds):
-                row.reports["ours"].append(run([stages, *common]))
+                row.reports["ours"].append(run([stages, *common, "--dtype", args.dtype]))
                 row.reports["rival"].append(run([python(), about.rival, *common]))
             rows.append(row)
             print(table([row], args.model, about), file=sys.stderr)
@@ -171,7 +172,7 @@ def memory_section(args, stages):
     """Opening, and what a generation needs; ours alone."""
     opened = run([stages, "--model", args.model, "--part", "open"])
     threads = max(args.threads)
-    made = run([stages, "--model", args.model, "--part", "generate", "--threads", threads])
+    made = run([stages, "--model", args.model, "--part", "generate", "--threads", threads, "--dtype", args.dtype])
     tokenizer = opened["tokenizer_s"]
     second = made["second"]
     return "\n".join([
@@ -241,7 +242,7 @@ def record(args, about, rows, memory, peak):
         f"- ours: {first_line('git', 'rev-parse', '--short', 'HEAD')}{changed}, {first_line('rustc', '--version')}",
         f"- rival: eager PyTorch {rival['torch']} ({rival['instruction_set']}, oneDNN {rival['mkldnn']}), "
         f"Python {platform.python_version()}, {about.networks}",
-        f"- method: `benches/run.py`, float32, {args.rounds} rounds of {args.repeats} passes each after a warm-up, in "
+        f"- method: `benches/run.py`, ours {args.dtype}, rival float32, {args.rounds} rounds of {args.repeats} passes each after a warm-up, in "
         "turn; GFLOP/s from the minimum, by the formulas of `benches/flops.py`; a step of ours does not "
         "repeat what stays the same between steps, and is credited only with what it does",
         *(f"- {line}" for line in peak),
@@ -258,7 +259,8 @@ def record(args, about, rows, memory, peak):
     ]
     RECORDS.mkdir(exist_ok=True)
     slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = RECORDS / f"{datetime.date.today()}-{slug}{'' if args.generation == 1 else f'-v{args.generation}'}.md"
+    kind = ("" if args.generation == 1 else f"-v{args.generation}") + ("" if args.dtype == "f32" else f"-{args.dtype}")
+    path = RECORDS / f"{datetime.date.today()}-{slug}{kind}.md"
     path.write_text("\n".join(lines))
     return path
 
@@ -271,6 +273,7 @@ def main():
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=["f32", "i8"], default="f32")
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
 

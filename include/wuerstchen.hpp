@@ -187,6 +187,7 @@ template <class T> inline constexpr wst_dtype dtype_of = -1;
 template <> inline constexpr wst_dtype dtype_of<float> = WST_F32;
 template <> inline constexpr wst_dtype dtype_of<std::int64_t> = WST_I64;
 template <> inline constexpr wst_dtype dtype_of<std::uint8_t> = WST_U8;
+template <> inline constexpr wst_dtype dtype_of<std::int8_t> = WST_I8;
 
 /// A block of numbers in host memory, [N, C, H, W].
 class Tensor {
@@ -194,7 +195,7 @@ public:
     explicit Tensor(wst_tensor *owned) noexcept : tensor_(owned) {}
     /// Copies `data`, which has as many elements as `shape` tells.
     template <class T> Tensor(span<const std::int64_t> shape, span<const T> data) {
-        static_assert(dtype_of<T> >= 0, "float, std::int64_t or std::uint8_t");
+        static_assert(dtype_of<T> >= 0, "float, std::int64_t, std::uint8_t or std::int8_t");
         std::uint64_t elements = 1;
         for (const std::int64_t dim : shape) {
             const auto d = static_cast<std::uint64_t>(dim);

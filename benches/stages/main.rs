@@ -3,7 +3,7 @@
 //! ```text
 //! cargo bench --bench stages -- --model DIR --part text|text-b|c|b|a|hoist|open|generate [--threads N] [--repeats N]
 //!                                [--stage-c-steps N] [--stage-b-steps N] [--batch N] [--device cpu|cuda]
-//!                                [--dtype f32|f16|bf16]
+//!                                [--dtype f32|f16|bf16|i8]
 //! ```
 //!
 //! `c` and `b` report a denoising step by itself: what a generation computes once (text keys and values, timestep

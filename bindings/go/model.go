@@ -63,6 +63,8 @@ const (
 	Float32  DType = C.WST_F32
 	Float16  DType = C.WST_F16
 	BFloat16 DType = C.WST_BF16
+	// Int8, of the CPU alone: products in the blocks of Stages B and C have factors of eight bits.
+	Int8 DType = C.WST_I8
 )
 
 // WithComputeDType chooses the numbers that the networks compute in.

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The captions that are drawn are spread over each data set; those of the second were not trained on. `--judge MODEL`
-//! takes another model's pair, so that two models have one judge. Rows: the pictures themselves (what the pair can tell
+//! takes another model's pair, so that two models have one judge; `--dtype i8` computes
+//! in that type, and says how far the pictures are from those of f32. Rows: the pictures themselves (what the pair can tell
 //! at best), the same through Stage A, through Stage B from their true latents, and drawn from the captions alone.
 
 mod dataset;
@@ -20,7 +21,8 @@ use dataset::Dataset;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-const USAGE: &str = "usage: evaluate MODEL DATA [HELD-OUT]… [--judge MODEL] [--captions N] [--seed N]";
+const USAGE: &str =
+    "usage: evaluate MODEL DATA [HELD-OUT]… [--judge MODEL] [--captions N] [--seed N] [--dtype TYPE]";
 
 struct Arguments {
     model: PathBuf,
@@ -28,6 +30,8 @@ struct Arguments {
     judge: Option<PathBuf>,
     captions: usize,
     seed: u64,
+    /// What the model computes in; empty for its device's best.
+    dtype: String,
 }
 
 fn main() {
@@ -39,7 +43,7 @@ fn main() {
 
 fn run() -> Outcome<()> {
     let arguments = parse()?;
-    let model = Model::open(&arguments.model, &ModelOptions::default())?;
+    let model = Model::open(&arguments.model, &in_type(&arguments.dtype)?)?;
     let judge = Retrieval::new(arguments.judge.as_ref().unwrap_or(&arguments.model))?;
     let side = model.info().default_width;
     let sets =
@@ -68,10 +72,36 @@ fn run() -> Outcome<()> {
         )?;
         let captions: Vec<&str> = own.iter().map(|&i| labels[i]).collect();
         show("Stage B, true latents", &drawn(&model, &captions, Some(&real), arguments.seed)?)?;
-        show("drawn from the captions", &drawn(&model, &captions, None, arguments.seed)?)?;
+        let pictures = drawn(&model, &captions, None, arguments.seed)?;
+        show("drawn from the captions", &pictures)?;
+        if !arguments.dtype.is_empty() {
+            let exact = Model::open(&arguments.model, &in_type("f32")?)?;
+            let distances = distances(&pictures, &drawn(&exact, &captions, None, arguments.seed)?);
+            let mean = distances.iter().sum::<f64>() / distances.len().max(1) as f64;
+            let most = distances.iter().copied().fold(0.0, f64::max);
+            println!("  from those of f32, of 255: {mean:.2} on average, {most:.2} at most");
+        }
         first += set.len();
     }
     Ok(())
+}
+
+/// Options of a model that computes in `dtype`; empty for its device's best.
+fn in_type(dtype: &str) -> Outcome<ModelOptions> {
+    let mut options = ModelOptions::default();
+    if !dtype.is_empty() {
+        options.set("compute_dtype", dtype)?;
+    }
+    Ok(options)
+}
+
+/// The mean absolute difference of each picture from another.
+fn distances(pictures: &[Image], others: &[Image]) -> Vec<f64> {
+    let distance = |(a, b): (&Image, &Image)| {
+        let sum: u64 = a.data().iter().zip(b.data()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        sum as f64 / a.data().len() as f64
+    };
+    pictures.iter().zip(others).map(distance).collect()
 }
 
 fn through_a(model: &Model, image: &Image) -> Outcome<Image> {
@@ -96,8 +126,14 @@ fn drawn(model: &Model, captions: &[&str], images: Option<&[Image]>, seed: u64) 
 
 fn parse() -> Outcome<Arguments> {
     let mut places: Vec<PathBuf> = Vec::new();
-    let mut parsed =
-        Arguments { model: PathBuf::new(), data: Vec::new(), judge: None, captions: 96, seed: 0 };
+    let mut parsed = Arguments {
+        model: PathBuf::new(),
+        data: Vec::new(),
+        judge: None,
+        captions: 96,
+        seed: 0,
+        dtype: String::new(),
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if !word.starts_with("--") {
@@ -109,6 +145,7 @@ fn parse() -> Outcome<Arguments> {
             "--judge" => parsed.judge = Some(value.into()),
             "--captions" => parsed.captions = value.parse()?,
             "--seed" => parsed.seed = value.parse()?,
+            "--dtype" => parsed.dtype = value,
             _ => return Err(format!("{word}: unknown\n{USAGE}").into()),
         }
     }

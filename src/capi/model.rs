@@ -211,6 +211,11 @@ pub unsafe extern "C" fn wst_model_options_set_threads(
 /// (default before it) or WST_F32. Sums are always in F32. What the device lacks is WST_UNSUPPORTED when a model is
 /// opened.
 ///
+/// WST_I8, of the CPU alone: activations stay WST_F32, but the factors of the matrix products in the blocks of Stages B
+/// and C are rounded to eight bits (weights by output, once, when they are used first; activations by row). Faster, in
+/// a quarter of the memory for those weights, and a little less exact: the same seed gives a slightly different picture.
+/// Training with such a model computes in WST_F32.
+///
 /// Owner: nothing changes hands.
 /// Threads: one at a time per options.
 /// Errors: WST_INVALID_ARGUMENT, WST_BUSY.

@@ -21,6 +21,8 @@ pub const WST_BF16: wst_dtype = 2;
 pub const WST_I64: wst_dtype = 3;
 /// Byte.
 pub const WST_U8: wst_dtype = 4;
+/// 8-bit signed integer.
+pub const WST_I8: wst_dtype = 5;
 
 /// In the order of the numbers above.
 pub(super) const DTYPES: &[(&str, DType)] = &[
@@ -29,6 +31,7 @@ pub(super) const DTYPES: &[(&str, DType)] = &[
     ("WST_BF16", DType::BF16),
     ("WST_I64", DType::I64),
     ("WST_U8", DType::U8),
+    ("WST_I8", DType::I8),
 ];
 
 /// A contiguous block of numbers in host memory, outermost dimension first: images are [N, C, H, W]. Immutable.
@@ -95,6 +98,7 @@ pub unsafe extern "C" fn wst_tensor_new(
                 DType::BF16 => copy::<half::bf16>(dims, data),
                 DType::I64 => copy::<i64>(dims, data),
                 DType::U8 => copy::<u8>(dims, data),
+                DType::I8 => copy::<i8>(dims, data),
             }
             .map(wst_tensor::new)
         })
@@ -127,6 +131,7 @@ pub unsafe extern "C" fn wst_tensor_dtype(tensor: *const wst_tensor) -> wst_dtyp
         DType::BF16 => WST_BF16,
         DType::I64 => WST_I64,
         DType::U8 => WST_U8,
+        DType::I8 => WST_I8,
     };
     // SAFETY: NULL or a live tensor, as the header asks.
     unsafe { get(tensor, -1, number) }

@@ -3,6 +3,7 @@
 mod cancel;
 pub mod cuda;
 pub mod gemm;
+pub mod int8;
 mod memory;
 #[cfg(feature = "mpi")]
 pub mod mpi;
@@ -21,6 +22,7 @@ pub use reduce::Reduce;
 
 use crate::error::{Error, Result};
 use cuda::{Accelerator, Precision, Stream};
+use int8::QuantisedWeights;
 use scratch::SharedMut;
 use threads::ThreadPool;
 
@@ -28,6 +30,8 @@ use threads::ThreadPool;
 #[derive(Debug, Clone)]
 pub struct Device {
     inner: Arc<Inner>,
+    /// Of a CPU that may compute in eight bits.
+    quantised: Option<Arc<QuantisedWeights>>,
 }
 
 #[derive(Debug)]
@@ -61,11 +65,19 @@ impl Device {
         };
         let inner =
             Inner { threads: ThreadPool::new(threads)?, pool: Arc::new(Pool::default()), accelerator };
-        Ok(Device { inner: Arc::new(inner) })
+        Ok(Device { inner: Arc::new(inner), quantised: None })
+    }
+
+    /// The CPU, where products of [`Context::quantised`] are computed in eight bits.
+    ///
+    /// # Errors
+    /// As [`Device::cpu`].
+    pub fn cpu_in_eight_bits(threads: usize) -> Result<Self> {
+        Ok(Device { quantised: Some(Arc::default()), ..Self::cpu(threads)? })
     }
 
     /// The device as training needs it: a GPU that keeps activations in F32 and rounds factors of products to `factors`,
-    /// with streams and weights of its own. The CPU is the same.
+    /// with streams and weights of its own. The CPU computes in F32.
     ///
     /// # Errors
     /// `OutOfMemory` if threads cannot be started.
@@ -75,7 +87,7 @@ impl Device {
                 let accelerator = Accelerator::new(on.gpu().clone(), Precision::F32).with_factors(factors);
                 Self::cuda(accelerator, self.threads())
             }
-            _ => Ok(self.clone()),
+            _ => Ok(Device { quantised: None, ..self.clone() }),
         }
     }
 
@@ -83,6 +95,7 @@ impl Device {
     pub fn describe(&self) -> String {
         let threads = self.threads();
         match self.accelerator() {
+            None if self.quantised.is_some() => format!("{threads} CPU threads, in eight bits"),
             None => format!("{threads} CPU threads"),
             Some(on) => format!("{:?} in {:?}, with {threads} CPU threads", on.gpu(), on.precision()),
         }
@@ -110,6 +123,11 @@ impl Device {
     pub fn accelerator(&self) -> Option<&Accelerator> {
         self.inner.accelerator.as_ref()
     }
+
+    /// The weights that it keeps in eight bits, if it does.
+    pub fn quantised_weights(&self) -> Option<&QuantisedWeights> {
+        self.quantised.as_deref()
+    }
 }
 
 /// What an op needs to run: the device, the tokens that may stop it, and the tape it records on, if any. Passed to
@@ -120,6 +138,8 @@ pub struct Context {
     cancels: Vec<CancelToken>,
     attachment: Option<Attachment>,
     lane: Arc<Lane>,
+    /// Whether what is computed bears eight bits.
+    coarse: bool,
 }
 
 /// The stream of a context and its clones, taken when the first op asks for it.
@@ -166,13 +186,25 @@ impl Context {
     /// A context that nothing cancels.
     pub fn new(device: &Device) -> Self {
         let lane = Lane { device: device.clone(), stream: OnceLock::new(), taking: Mutex::new(()) };
-        Context { device: device.clone(), cancels: Vec::new(), attachment: None, lane: Arc::new(lane) }
+        let device = device.clone();
+        Context { device, cancels: Vec::new(), attachment: None, lane: Arc::new(lane), coarse: false }
     }
 
     /// The same context with `attachment` in the place of what was attached.
     #[must_use]
     pub fn attached(&self, attachment: Option<Arc<dyn Any + Send + Sync>>) -> Self {
         Context { attachment: attachment.map(Attachment), ..self.clone() }
+    }
+
+    /// The same context for work that bears products in eight bits, if the device computes in them.
+    #[must_use]
+    pub fn coarse(&self) -> Self {
+        Context { coarse: true, ..self.clone() }
+    }
+
+    /// The weights in eight bits, if products are computed in them here.
+    pub fn quantised(&self) -> Option<&QuantisedWeights> {
+        self.device.quantised_weights().filter(|_| self.coarse)
     }
 
     /// What is attached, if it is a `T`.

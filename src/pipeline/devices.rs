@@ -87,10 +87,17 @@ impl DeviceOptions {
         if self.stream != 0 {
             return Err(Error::argument("cuda_stream", "a GPU as the device", "the CPU"));
         }
-        Device::cpu(self.threads)
+        match self.dtype {
+            Some(DType::I8) => Device::cpu_in_eight_bits(self.threads),
+            _ => Device::cpu(self.threads),
+        }
     }
 
     fn cuda(&self, number: usize) -> Result<Device> {
+        if let Some(dtype @ DType::I8) = self.dtype {
+            let reason = "a GPU computes in F32, F16 or BF16; only the CPU (device \"cpu\") does in I8";
+            return Err(Error::unsupported(format!("compute_dtype {dtype}"), reason));
+        }
         let gpu = Gpu::open(number)?;
         // Kernels that cannot be had are found out now, not in the middle of a picture.
         gpu.check_compiler()?;

@@ -11,6 +11,7 @@ use super::geometry::Geometry;
 use super::halves::{Decoder, Halves, Prior, StageBPart};
 use super::load::{ImagePart, Part, TextPart};
 use super::options::{LogLevel, ModelOptions, Progress, Residency, Stage};
+use crate::device::int8::QuantisedWeights;
 use crate::device::threads::{reporting_with_reserve, run_apart_with_reserve};
 use crate::device::{CancelToken, Device};
 use crate::error::{Error, Result};
@@ -70,7 +71,7 @@ pub struct ModelInfo {
     pub latent_width: u32,
     /// Weight files mapped, in bytes; resident only as far as they were used.
     pub bytes_mapped: u64,
-    /// Memory held beside the files, in bytes: activations kept for reuse.
+    /// Memory held beside the files, in bytes: activations kept for reuse, and weights in eight bits.
     pub bytes_host: u64,
     /// Memory of an accelerator, in bytes.
     pub bytes_device: u64,
@@ -128,6 +129,7 @@ impl Model {
         let (width, height) = inner.geometry.default_size();
         let (latent_height, latent_width) = inner.geometry.latent_size(width, height);
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let quantised = inner.device.quantised_weights().map_or(0, QuantisedWeights::bytes);
         let parameters = |weights: Option<&Weights>| weights.map_or(0, Weights::parameters);
         ModelInfo {
             generation: index.pipeline.generation(),
@@ -142,7 +144,7 @@ impl Model {
             latent_height: narrow(latent_height),
             latent_width: narrow(latent_width),
             bytes_mapped: inner.weights().map(|w| w.bytes_mapped() as u64).sum(),
-            bytes_host: inner.device.pool().idle_bytes() as u64,
+            bytes_host: (inner.device.pool().idle_bytes() + quantised) as u64,
             bytes_device: inner.device.accelerator().map_or(0, |a| a.bytes()) as u64,
         }
     }
@@ -310,6 +312,9 @@ impl Model {
         }
         if let Some(accelerator) = device.accelerator() {
             weights.address_ranges().for_each(|range| accelerator.residents().evict(range));
+        }
+        if let Some(quantised) = device.quantised_weights() {
+            weights.address_ranges().for_each(|range| quantised.evict(range));
         }
         weights.advise_dont_need();
     }

@@ -153,12 +153,16 @@ impl ModelOptions {
     /// The type in which activations are computed, whatever the weights are stored in: `F32` on the CPU; on a GPU
     /// `BF16` (the default from compute capability 8.0 on), `F16` (before it) or `F32`. Sums are always in F32.
     ///
+    /// `I8`, of the CPU alone: activations stay `F32`, but the factors of the products in the blocks of Stages B and C
+    /// are rounded to eight bits, weights by output and activations by row. Faster, in less memory, and less exact.
+    /// Training with such a model computes in `F32`.
+    ///
     /// # Errors
-    /// `InvalidArgument` for types that are no floats. A half-precision type on the CPU is `Unsupported` when a model
-    /// is opened.
+    /// `InvalidArgument` for types that are neither floats nor `I8`. A half-precision type on the CPU, or `I8` on a GPU,
+    /// is `Unsupported` when a model is opened.
     pub fn set_compute_dtype(&mut self, dtype: DType) -> Result<()> {
-        if !dtype.is_float() {
-            return Err(Error::argument("compute_dtype", "a float type", dtype));
+        if !dtype.is_float() && dtype != DType::I8 {
+            return Err(Error::argument("compute_dtype", "a float type or I8", dtype));
         }
         self.compute_dtype = Some(dtype);
         Ok(())
@@ -230,7 +234,7 @@ impl ModelOptions {
     }
 
     /// Any of the above by name, for configuration files: `device`, `threads`, `compute_dtype` (`f32`, `f16`,
-    /// `bf16`), `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`; `lora`, each time another adapter, and
+    /// `bf16`, `i8`), `residency` (`auto`, `all`, `stage`), `prior_path`, `decoder_path`; `lora`, each time another adapter, and
     /// `lora_scale`, of the adapter that was named last (1 unless it is given).
     ///
     /// # Errors
@@ -243,7 +247,8 @@ impl ModelOptions {
                 "f32" => DType::F32,
                 "f16" => DType::F16,
                 "bf16" => DType::BF16,
-                _ => return Err(Error::argument(key, "f32, f16 or bf16", format!("{value:?}"))),
+                "i8" => DType::I8,
+                _ => return Err(Error::argument(key, "f32, f16, bf16 or i8", format!("{value:?}"))),
             }),
             "residency" => self.set_residency(match value {
                 "auto" => Residency::Auto,

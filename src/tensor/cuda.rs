@@ -15,7 +15,7 @@ impl DType {
             DType::F32 => Some(Precision::F32),
             DType::F16 => Some(Precision::F16),
             DType::BF16 => Some(Precision::BF16),
-            DType::I64 | DType::U8 => None,
+            DType::I64 | DType::U8 | DType::I8 => None,
         }
     }
 

@@ -15,6 +15,8 @@ pub enum DType {
     I64,
     /// Bytes: pixels and masks.
     U8,
+    /// 8-bit integer: the factors of products on the CPU, if a model is opened so.
+    I8,
 }
 
 impl DType {
@@ -24,7 +26,7 @@ impl DType {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
             DType::I64 => 8,
-            DType::U8 => 1,
+            DType::U8 | DType::I8 => 1,
         }
     }
 
@@ -36,6 +38,7 @@ impl DType {
             DType::BF16 => "BF16",
             DType::I64 => "I64",
             DType::U8 => "U8",
+            DType::I8 => "I8",
         }
     }
 
@@ -69,4 +72,4 @@ macro_rules! element {
     )*};
 }
 
-element!(f32 => F32, f16 => F16, bf16 => BF16, i64 => I64, u8 => U8);
+element!(f32 => F32, f16 => F16, bf16 => BF16, i64 => I64, u8 => U8, i8 => I8);

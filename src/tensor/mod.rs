@@ -193,6 +193,24 @@ impl Tensor {
         Ok(&mut self.storage.bytes_mut()?[self.offset..self.offset + len])
     }
 
+    /// The mapped file that the elements are part of, if they are.
+    pub(crate) fn file(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        self.storage.file()
+    }
+
+    /// Gives the pages of a mapped file that the elements lie in back to the system. They are read again when they are
+    /// used.
+    pub(crate) fn advise_dont_need(&self) {
+        if let Storage::Mapped(map) = &self.storage {
+            let bytes = self.elements() * self.dtype.size();
+            // SAFETY: mapped files are private and never written, so that their pages come back as they were.
+            let advised =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.offset, bytes) };
+            // Only a hint: memory that stays in use is no failure.
+            drop(advised);
+        }
+    }
+
     /// Whether nobody else owns the storage: only then the elements may be written.
     pub fn is_own(&mut self) -> bool {
         self.storage.is_own()

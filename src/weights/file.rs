@@ -190,6 +190,7 @@ fn copied(bytes: &[u8], dims: &[usize], dtype: DType) -> Result<Tensor> {
         DType::BF16 => Tensor::from_slice(dims, &parse(bytes, bf16::from_le_bytes)?),
         DType::I64 => Tensor::from_slice(dims, &parse(bytes, i64::from_le_bytes)?),
         DType::U8 => Tensor::from_slice(dims, bytes),
+        DType::I8 => Tensor::from_slice(dims, &parse(bytes, i8::from_le_bytes)?),
     }
 }
 

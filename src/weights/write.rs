@@ -66,6 +66,7 @@ impl View for Whole<'_> {
             DType::BF16 => Dtype::BF16,
             DType::I64 => Dtype::I64,
             DType::U8 => Dtype::U8,
+            DType::I8 => Dtype::I8,
         }
     }
 

@@ -158,6 +158,9 @@ static void tensors(void) {
     OK(wst_tensor_new(WST_F32, none, 2, NULL, &tensor, &error));
     CHECK(wst_tensor_nbytes(tensor) == 0);
     wst_tensor_free(tensor);
+    OK(wst_tensor_new(WST_I8, NULL, 0, "x", &tensor, &error));
+    CHECK(wst_tensor_dtype(tensor) == WST_I8 && wst_tensor_nbytes(tensor) == 1);
+    wst_tensor_free(tensor);
     OK(wst_tensor_new(WST_U8, NULL, 0, "x", &tensor, &error));
     CHECK(wst_tensor_rank(tensor) == 0 && wst_tensor_nbytes(tensor) == 1);
     wst_tensor_free(tensor);
@@ -189,6 +192,12 @@ static void what_the_machine_lacks(const char *folder) {
     OK(wst_model_options_set_compute_dtype(options, WST_BF16, &error));
     FAILS(WST_UNSUPPORTED, "compute_dtype", wst_model_open(folder, options, &model, &error));
     CHECK(model == NULL);
+    OK(wst_model_options_set_compute_dtype(options, WST_I8, &error));
+    OK(wst_model_open(folder, options, &model, &error));
+    wst_model_free(model);
+    OK(wst_model_options_set_device(options, "cuda", &error));
+    FAILS(WST_UNSUPPORTED, "compute_dtype", wst_model_open(folder, options, &model, &error));
+    OK(wst_model_options_set_device(options, "cpu", &error));
     OK(wst_model_options_set_compute_dtype(options, WST_F32, &error));
     OK(wst_model_options_set_cuda_stream(options, &model, &error));
     INVALID("cuda_stream", wst_model_open(folder, options, &model, &error));

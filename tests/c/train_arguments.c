@@ -43,6 +43,7 @@ static void train_options(void) {
     INVALID("text_dropout", wst_train_options_set_text_dropout(o, 1.5f, &error));
     INVALID("dtype", wst_train_options_set_compute_dtype(o, 99, &error));
     INVALID("compute_dtype", wst_train_options_set_compute_dtype(o, WST_I64, &error));
+    INVALID("compute_dtype", wst_train_options_set_compute_dtype(o, WST_I8, &error));
     INVALID("key", wst_train_options_set(o, NULL, "1", &error));
     INVALID("value", wst_train_options_set(o, "seed", NULL, &error));
     INVALID("flavour", wst_train_options_set(o, "flavour", "sweet", &error));

@@ -2,6 +2,7 @@
 
 pub(crate) mod cuda;
 pub(crate) mod gradient;
+mod int8;
 mod sum;
 #[cfg(test)]
 mod tests;
@@ -9,6 +10,7 @@ mod tests;
 use crate::device::Context;
 pub use crate::device::gemm::Layout as WeightLayout;
 use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values, gemm};
+use crate::device::int8::{Factors as Quantised, Product, gemm as gemm_in_eight_bits};
 use crate::device::simd::fma;
 use crate::error::{Error, Result};
 pub use crate::ops::activation::Activation;
@@ -145,6 +147,7 @@ pub(crate) fn product(
     finished(
         cx,
         &Gemm { m, n, terms: &terms, accumulate: false },
+        &[],
         epilogue,
         Place { first_row, per_sample: rows.per_sample },
         out,
@@ -160,8 +163,15 @@ struct Place {
     per_sample: usize,
 }
 
-/// A sum of products, then the epilogue.
-fn finished(cx: &Context, sum: &Gemm, epilogue: &Epilogue, place: Place, out: &mut [f32]) -> Result<()> {
+/// A sum of products, of which those in eight bits come first, then the epilogue.
+fn finished(
+    cx: &Context,
+    sum: &Gemm,
+    quantised: &[Quantised],
+    epilogue: &Epilogue,
+    place: Place,
+    out: &mut [f32],
+) -> Result<()> {
     let outputs = sum.n;
     let vector =
         |what, v: Option<&Tensor>| v.map(|v| kernels::channel_vector(cx, what, v, outputs)).transpose();
@@ -173,7 +183,7 @@ fn finished(cx: &Context, sum: &Gemm, epilogue: &Epilogue, place: Place, out: &m
     let per_sample = place.per_sample.max(1);
     let samples = (place.first_row + sum.m).div_ceil(per_sample);
     let modulation = epilogue.modulation.map(|m| modulation(m, samples, outputs)).transpose()?;
-    gemm(cx, sum, out, outputs, |row, column, out| {
+    let then = |row: usize, column: usize, out: &mut [f32]| {
         let row = place.first_row + row;
         affine(out, scale.map(|s| &s[column..]), bias.map(|b| &b[column..]));
         epilogue.activation.apply(out);
@@ -188,7 +198,16 @@ fn finished(cx: &Context, sum: &Gemm, epilogue: &Epilogue, place: Place, out: &m
             let (a, b) = of_sample.split_at(outputs);
             modulate(out, &a[column..], &b[column..]);
         }
-    })
+    };
+    if quantised.is_empty() {
+        return gemm(cx, sum, out, outputs, then);
+    }
+    let product = Product { m: sum.m, n: outputs, terms: quantised };
+    if sum.terms.is_empty() {
+        return gemm_in_eight_bits(cx, &product, out, then);
+    }
+    gemm_in_eight_bits(cx, &product, out, |_, _, _| ())?;
+    gemm(cx, &Gemm { accumulate: true, ..*sum }, out, outputs, then)
 }
 
 /// The numbers of a modulation, and whether each sample has its own.

@@ -2,6 +2,7 @@
 //! the concatenation.
 
 use super::cuda::{self, Part};
+use super::int8::Weights;
 use super::{Epilogue, Place, finished, gradient, sides, values};
 use crate::device::Context;
 use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values};
@@ -71,12 +72,18 @@ pub(super) fn compute(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Resu
     }
     let none = MatrixB { values: Values::F32(&[]), layout: Layout::RowsAreOutputs, leading: 0 };
     let mut factors = [Factors { k: 0, a: MatrixA::rows(&[], 0), b: none }; MAX_TERMS];
-    for (factors, (term, part)) in factors.iter_mut().zip(parts) {
-        *factors = term.factors(part)?;
+    let (mut quantised, mut count) = (Weights::default(), 0);
+    for (term, part) in parts {
+        let whole = term.factors(part)?;
+        if !quantised.take(cx, term.weight, &whole, outputs)? {
+            factors[count] = whole;
+            count += 1;
+        }
     }
-    let sum = Gemm { m, n: outputs, terms: &factors[..terms.len()], accumulate: false };
+    let sum = Gemm { m, n: outputs, terms: &factors[..count], accumulate: false };
     let mut out = Tensor::new(cx, "linear output", dims, DType::F32)?;
-    finished(cx, &sum, epilogue, Place { first_row: 0, per_sample }, out.slice_mut()?)?;
+    let place = Place { first_row: 0, per_sample };
+    quantised.with(|quantised| finished(cx, &sum, quantised, epilogue, place, out.slice_mut()?))?;
     Ok(out)
 }
 

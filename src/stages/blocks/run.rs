@@ -216,6 +216,9 @@ impl Blocks {
         joined: Joined,
         conditioning: Conditioning,
     ) -> Result<Tensor> {
+        // What a block adds to x is small beside it, and the next one normalises it: it bears less exact products than
+        // what goes into a network, comes out of it or steers it.
+        let cx = &cx.coarse();
         let mut folded = joined.injection.map_or([].iter(), |i| i.folded.iter());
         for (i, block) in self.blocks.iter().enumerate() {
             let image = match block.body {
