@@ -6,6 +6,7 @@ pub mod gemm;
 mod memory;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod profile;
 mod reduce;
 pub mod reserve;
 pub mod scratch;
@@ -112,13 +113,14 @@ impl Device {
     }
 }
 
-/// What an op needs to run: the device, the tokens that may stop it, and the tape it records on, if any. Passed to
-/// every op and layer.
+/// What an op needs to run: the device, the tokens that may stop it, the tape it records on and who hears where its time
+/// goes, if any. Passed to every op and layer.
 #[derive(Debug, Clone)]
 pub struct Context {
     device: Device,
     cancels: Vec<CancelToken>,
     attachment: Option<Attachment>,
+    recorder: Option<Arc<profile::Recorder>>,
     lane: Arc<Lane>,
 }
 
@@ -166,7 +168,13 @@ impl Context {
     /// A context that nothing cancels.
     pub fn new(device: &Device) -> Self {
         let lane = Lane { device: device.clone(), stream: OnceLock::new(), taking: Mutex::new(()) };
-        Context { device: device.clone(), cancels: Vec::new(), attachment: None, lane: Arc::new(lane) }
+        Context {
+            device: device.clone(),
+            cancels: Vec::new(),
+            attachment: None,
+            recorder: None,
+            lane: Arc::new(lane),
+        }
     }
 
     /// The same context with `attachment` in the place of what was attached.
