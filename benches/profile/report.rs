@@ -111,11 +111,11 @@ impl Report {
         options.subtitle = Some(format!("wall time, {} threads", self.limits.threads));
         options.count_name = "ns".into();
         options.name_type = "Span:".into();
-        // In the order in which they ran.
-        options.no_sort = true;
+        // In the order in which they ran, which inferno takes from the last to the first.
+        options.flame_chart = true;
         options.hash = true;
         let file = File::create(out.join(format!("{}.svg", run.part)))?;
-        Ok(flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), file)?)
+        Ok(flamegraph::from_lines(&mut options, lines.iter().rev().map(String::as_str), file)?)
     }
 
     pub fn end(self) -> Outcome<()> {
