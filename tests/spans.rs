@@ -158,8 +158,8 @@ fn blocks_calls_and_work_are_those_of_the_network() {
     let step = below(&totals, "stage_c;step");
     let blocks: BTreeSet<&String> =
         step.iter().map(|t| &t.stack).filter(|s| s.len() > 2).map(|s| &s[2]).collect();
-    let attn = blocks.iter().filter(|name| name.starts_with("attn_block ")).count() as u64;
-    let res = blocks.iter().filter(|name| name.starts_with("res_block ")).count() as u64;
+    let attn = blocks.iter().filter(|name| name.starts_with("attn_block.")).count() as u64;
+    let res = blocks.iter().filter(|name| name.starts_with("res_block.")).count() as u64;
     assert_eq!((attn, res), (depth, depth), "{blocks:?}");
     let calls = |op: &str| step.iter().filter(|t| t.name == op).map(|t| t.calls).sum::<u64>();
     assert_eq!((calls("attention"), calls("depthwise_conv")), (STEPS * depth, STEPS * depth));

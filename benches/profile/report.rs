@@ -156,7 +156,7 @@ impl Run {
     /// Spans that are no ops, with all that is in them: where one lies within another of its name, it is in that.
     fn by_block(&self) -> String {
         let mut blocks: BTreeMap<&str, Duration> = BTreeMap::new();
-        let of_name = |stack: &str| stack.split(' ').next().unwrap_or_default().to_owned();
+        let of_name = |stack: &str| stack.split('.').next().unwrap_or_default().to_owned();
         for total in self.inside().skip(1).filter(|t| !t.is_op) {
             let outer = &total.stack[..total.stack.len() - 1];
             if !outer.iter().any(|outer| of_name(outer) == total.name) {

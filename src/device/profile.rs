@@ -29,7 +29,7 @@ pub struct Recorder {
 /// All spans of one stack.
 #[derive(Debug, Clone)]
 pub struct Total {
-    /// From the outermost span to this one: `["stage_c", "step", "attn_block 2", "linear"]`.
+    /// From the outermost span to this one: `["stage_c", "step", "attn_block.2", "linear"]`.
     pub stack: Vec<String>,
     /// The innermost span's name, without its number.
     pub name: &'static str,
@@ -203,7 +203,8 @@ impl Tree {
         for child in &self.nodes[node].children {
             let Node { name, children, calls, time, work, .. } = &self.nodes[*child];
             let shown = match name.number {
-                Some(number) => format!("{} {number}", name.what),
+                // No space: folded stacks have one before the count alone.
+                Some(number) => format!("{}.{number}", name.what),
                 None => name.what.to_owned(),
             };
             let stack = [outer, &[shown]].concat();
@@ -288,7 +289,7 @@ mod tests {
         let below = |block: &str| {
             ["", ";linear", ";norm", ";norm;linear"].map(|rest| format!("stage;{block}{rest}")).to_vec()
         };
-        assert_eq!(stacks, [vec!["stage".to_owned()], below("block 0"), below("block 1")].concat());
+        assert_eq!(stacks, [vec!["stage".to_owned()], below("block.0"), below("block.1")].concat());
         assert_eq!(totals.iter().map(|t| t.calls).collect::<Vec<_>>(), [3, 2, 2, 2, 2, 1, 1, 1, 1]);
         assert_eq!(totals.iter().map(|t| t.work.flops).collect::<Vec<_>>(), [0, 0, 10, 0, 0, 0, 5, 0, 0]);
         let ops = ["linear", "norm"];
