@@ -2,6 +2,7 @@
 # make test                        every test; its last line counts them
 # make check                       format, lints, docs, freshness of the header
 # make test-cuda                   the tests of the CUDA backend on a GPU
+# make profile                     where the time goes, per op, and flame graphs in build/profile/
 # make bench | parity | clean
 # What a target needs beyond git, make, a C/C++ compiler and Rust it fetches
 # itself, into build/ or, for root, with apt-get.
@@ -9,7 +10,7 @@
 PROMPT ?= a red apple
 export PROMPT
 
-.PHONY: all check test test-cuda demo bench bench-cuda parity clean
+.PHONY: all check test test-cuda demo bench bench-cuda profile parity clean
 
 all:
 	@tools/build.sh
@@ -31,6 +32,9 @@ demo:
 
 bench:
 	@tools/bench.sh
+
+profile:
+	@tools/profile.sh $(PROFILE)
 
 parity:
 	@tools/parity.sh

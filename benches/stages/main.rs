@@ -16,6 +16,8 @@
 //! `make_full_size.py` and `make_full_size_v2.py` in `tests/reference` write models of the published sizes.
 
 mod hoist;
+#[path = "../common/inputs.rs"]
+mod inputs;
 mod memory;
 mod whole;
 
@@ -30,18 +32,13 @@ use wuerstchen::Tensor;
 use wuerstchen::pipeline::{GenerateOptions, Model, ModelOptions, Progress, Stage};
 
 use hoist::hoist;
+use inputs::{Inputs, Random, STAGE_C_GUIDANCE};
 use memory::{Memory, reset_peak};
 use whole::{generate, open_time};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// The rival's settings. v2's decoder has no guidance by default.
-const STAGE_C_GUIDANCE: f32 = 4.0;
-const STAGE_B_GUIDANCE: [f32; 2] = [2.0, 0.0];
 const BATCH: usize = 2;
-/// v2: what the prior's latents are multiplied by, and how much wider Stage A's latents are.
-const LATENT_MEAN: f32 = 42.0;
-const LATENT_DIM_SCALE: f64 = 10.67;
 const MIB: f64 = 1024. * 1024.;
 
 fn main() -> Outcome<()> {
@@ -178,11 +175,18 @@ fn stage_b(path: &Path, arguments: &Arguments) -> Outcome<Value> {
 
 /// An open model and what its opening cost.
 struct Bench {
-    model: Model,
-    path: PathBuf,
+    inputs: Inputs,
     threads: u32,
     open_s: f64,
     opened: Memory,
+}
+
+impl std::ops::Deref for Bench {
+    type Target = Inputs;
+
+    fn deref(&self) -> &Inputs {
+        &self.inputs
+    }
 }
 
 impl Bench {
@@ -192,80 +196,8 @@ impl Bench {
         let open_s = start.elapsed().as_secs_f64();
         let opened = Memory::now()?;
         reset_peak();
-        Ok(Bench { model, path: path.into(), threads: arguments.threads, open_s, opened })
-    }
-
-    fn is_v1(&self) -> bool {
-        self.model.info().generation == 1
-    }
-
-    fn stage_b_guidance(&self) -> f32 {
-        STAGE_B_GUIDANCE[usize::from(!self.is_v1())]
-    }
-
-    /// The folder of a text tower or of the two networks around Stage A's latents.
-    fn folder(&self, stage: Stage) -> &'static str {
-        match (self.is_v1(), stage) {
-            (true, Stage::A) => "stage_a",
-            (true, _) => "text_encoder",
-            (false, Stage::A) => "vqgan",
-            (false, Stage::B) => "text_encoder",
-            (false, Stage::C) => "prior_text_encoder",
-        }
-    }
-
-    /// Rows and columns of Stage B's grid.
-    fn grid(&self) -> (usize, usize) {
-        let info = self.model.info();
-        match self.is_v1() {
-            true => (info.default_height as usize / 4, info.default_width as usize / 4),
-            false => {
-                let side = |latents: u32| (f64::from(latents) * LATENT_DIM_SCALE) as usize;
-                (side(info.latent_height), side(info.latent_width))
-            }
-        }
-    }
-
-    /// Random tokens `[1, H, W]` of Stage B's grid.
-    fn tokens(&self, random: &mut Random) -> Outcome<Tensor> {
-        let labels =
-            config(&self.path, self.folder(Stage::A))?["codebook_size"].as_i64().ok_or("codebook_size")?;
-        let (height, width) = self.grid();
-        let tokens: Vec<i64> = (0..height * width).map(|_| random.below(labels)).collect();
-        Ok(Tensor::from_slice(&[1, height, width], &tokens)?)
-    }
-
-    /// v2: random latents of Stage A, `[1, H, W, C]`.
-    fn grid_latents(&self, random: &mut Random) -> Outcome<Tensor> {
-        let channels = side(&config(&self.path, self.folder(Stage::A))?, "latent_channels")?;
-        let (height, width) = self.grid();
-        random.normal(&[1, height, width, channels])
-    }
-
-    /// A random text condition `[n, T, width]` of a stage's tower.
-    fn text(&self, random: &mut Random, stage: Stage, n: usize) -> Outcome<Tensor> {
-        let config = config(&self.path, self.folder(stage))?;
-        random.normal(&[n, side(&config, "max_position_embeddings")?, side(&config, "hidden_size")?])
-    }
-
-    /// Random latents `[n, h, w, C]`.
-    fn latents(&self, random: &mut Random, n: usize) -> Outcome<Tensor> {
-        let info = self.model.info();
-        random.normal(&[
-            n,
-            info.latent_height as usize,
-            info.latent_width as usize,
-            info.latent_channels as usize,
-        ])
-    }
-
-    /// Random latents `[1, h, w, C]` as Stage B takes them.
-    fn image_embedding(&self, random: &mut Random) -> Outcome<Tensor> {
-        let mut latents = self.latents(random, 1)?;
-        if !self.is_v1() {
-            latents.slice_mut::<f32>()?.iter_mut().for_each(|x| *x = *x * LATENT_MEAN - 1.);
-        }
-        Ok(latents)
+        let inputs = Inputs::new(model, path);
+        Ok(Bench { inputs, threads: arguments.threads, open_s, opened })
     }
 
     /// `seconds`: the warm-up, then the timed passes.
@@ -412,15 +344,6 @@ fn picture(path: &Path, arguments: &Arguments) -> Outcome<Value> {
 
 // ---------------------------------------------------------------- opening, memory, allocations
 
-fn config(model: &Path, part: &str) -> Outcome<Value> {
-    Ok(serde_json::from_slice(&std::fs::read(model.join(part).join("config.json"))?)?)
-}
-
-/// A size in a part's config.
-fn side(config: &Value, name: &str) -> Outcome<usize> {
-    Ok(config[name].as_u64().ok_or_else(|| name.to_owned())? as usize)
-}
-
 /// Bytes of all weight files of a model folder.
 fn weight_bytes(model: &Path) -> Outcome<u64> {
     let mut sum = 0;
@@ -438,37 +361,4 @@ fn median(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2. }
-}
-
-/// SplitMix64 (Steele et al. 2014): input values, nothing more.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: i64) -> i64 {
-        (self.next() >> 1) as i64 % end
-    }
-
-    /// In (0, 1].
-    fn uniform(&mut self) -> f64 {
-        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Standard normal values (Box and Muller 1958).
-    fn normal(&mut self, dims: &[usize]) -> Outcome<Tensor> {
-        let values: Vec<f32> = (0..dims.iter().product())
-            .map(|_| {
-                let (radius, angle) = ((-2. * self.uniform().ln()).sqrt(), self.uniform());
-                (radius * (std::f64::consts::TAU * angle).cos()) as f32
-            })
-            .collect();
-        Ok(Tensor::from_slice(dims, &values)?)
-    }
 }

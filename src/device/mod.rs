@@ -7,6 +7,7 @@ pub mod int8;
 mod memory;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod profile;
 mod reduce;
 pub mod reserve;
 pub mod scratch;
@@ -130,13 +131,14 @@ impl Device {
     }
 }
 
-/// What an op needs to run: the device, the tokens that may stop it, and the tape it records on, if any. Passed to
-/// every op and layer.
+/// What an op needs to run: the device, the tokens that may stop it, the tape it records on and who hears where its time
+/// goes, if any. Passed to every op and layer.
 #[derive(Debug, Clone)]
 pub struct Context {
     device: Device,
     cancels: Vec<CancelToken>,
     attachment: Option<Attachment>,
+    recorder: Option<Arc<profile::Recorder>>,
     lane: Arc<Lane>,
     /// Whether what is computed bears eight bits.
     coarse: bool,
@@ -186,8 +188,14 @@ impl Context {
     /// A context that nothing cancels.
     pub fn new(device: &Device) -> Self {
         let lane = Lane { device: device.clone(), stream: OnceLock::new(), taking: Mutex::new(()) };
-        let device = device.clone();
-        Context { device, cancels: Vec::new(), attachment: None, lane: Arc::new(lane), coarse: false }
+        Context {
+            device: device.clone(),
+            cancels: Vec::new(),
+            attachment: None,
+            recorder: None,
+            lane: Arc::new(lane),
+            coarse: false,
+        }
     }
 
     /// The same context with `attachment` in the place of what was attached.

@@ -74,6 +74,7 @@ impl LatentSampling {
         check_times(&self.times)?;
         for (step, pair) in self.times.windows(2).enumerate() {
             cx.check()?;
+            let _span = cx.span("step");
             let t_next = pair[1];
             let alpha_bars = [self.schedule.alpha_bar(pair[0]), self.schedule.alpha_bar(t_next)];
             if let Some(Kept { latents, mask }) = &self.kept {

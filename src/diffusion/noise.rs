@@ -114,6 +114,7 @@ pub fn uniform_tensor(
     (draw, step): (Draw, usize),
     dims: &[usize],
 ) -> Result<Tensor> {
+    let _span = cx.span("noise");
     let mut uniforms = Tensor::new(cx, "uniform numbers", dims, DType::F32)?;
     noise.uniform(draw, step, &mut uniforms)?;
     Ok(uniforms)

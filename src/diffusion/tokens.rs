@@ -100,6 +100,7 @@ impl TokenSampling {
         let temperature = ramp(self.temperature.0, self.temperature.1, self.steps);
         for step in 0..self.steps {
             cx.check()?;
+            let _span = cx.span("step");
             let choice = if step >= self.quant_from { Choice::Quant } else { self.choice };
             let asked = TokenStep { step, guidance: guidance[step], temperature: temperature[step], choice };
             let drawn = match choice {

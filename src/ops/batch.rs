@@ -2,6 +2,7 @@
 
 use crate::device::Context;
 use crate::error::{Error, Result};
+use crate::ops::work;
 use crate::tensor::autograd::{Tracked, record};
 use crate::tensor::{MAX_RANK, Tensor};
 
@@ -11,6 +12,7 @@ use crate::tensor::{MAX_RANK, Tensor};
 /// # Errors
 /// `InvalidArgument` for no tensors or shapes and types that differ; `OutOfMemory`.
 pub fn concat(cx: &Context, parts: &[&Tensor]) -> Result<Tensor> {
+    let _span = cx.op("concat").working(|| work::moving(&[parts, parts].concat()));
     let Some((first, dims)) = parts.first().and_then(|p| p.dims().split_first().map(|(_, inner)| (p, inner)))
     else {
         return Err(Error::argument("concat", "at least one tensor with a first dimension", "none"));

@@ -15,6 +15,7 @@ use crate::tensor::autograd::record;
 /// # Errors
 /// `InvalidArgument` for another shape, or a picture without pixels; `OutOfMemory`; `Cancelled`.
 pub fn instance_norm(cx: &Context, x: &Tensor, eps: f32) -> Result<Tensor> {
+    let _span = cx.op("instance_norm");
     let [groups, height, width, channels] = x.dims_of::<4>("instance norm input")?;
     let columns = Columns { groups, rows: height * width, channels };
     if columns.rows == 0 {

@@ -43,3 +43,4 @@ pub(crate) mod sums;
 pub mod token_choice;
 pub mod vector_quantize;
 pub mod widen;
+pub(crate) mod work;

@@ -31,6 +31,7 @@ pub struct ResponseExpand<'a> {
 /// # Errors
 /// As [`linear_sum`] and [`response_norm`].
 pub fn response_expand(cx: &Context, p: &ResponseExpand) -> Result<Tensor> {
+    let _span = cx.op("response_expand");
     let plain = Epilogue { bias: p.bias, ..Epilogue::default() };
     let recorded = p.terms.iter().any(|term| records(cx, &[Some(term.x), Some(term.weight)]))
         || records(cx, &[p.bias, Some(p.gamma), Some(p.beta)]);

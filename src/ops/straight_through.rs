@@ -14,6 +14,7 @@ use crate::tensor::autograd::record;
 /// # Errors
 /// `InvalidArgument` if shapes differ.
 pub fn straight_through(cx: &Context, value: &Tensor, source: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("straight_through");
     if value.dims() != source.dims() {
         return Err(Error::argument(
             "straight_through",

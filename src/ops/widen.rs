@@ -11,6 +11,7 @@ use crate::tensor::Tensor;
 /// # Errors
 /// `InvalidArgument` if the elements are not floats; `OutOfMemory`.
 pub fn widen(cx: &Context, x: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("widen");
     kernels::widened(cx, "widened weights", x)
 }
 

@@ -59,7 +59,7 @@ impl Model {
         cancel: &CancelToken,
         report: Report,
     ) -> Result<Vec<Image>> {
-        let mut cx = Context::new(&self.inner.device).cancelled_by(cancel);
+        let mut cx = self.context().cancelled_by(cancel);
         if let Some(token) = &options.cancel {
             cx = cx.cancelled_by(token);
         }

@@ -73,6 +73,7 @@ impl Decoder {
     /// # Errors
     /// `InvalidArgument` for other shapes or tokens that are not in the codebook; `OutOfMemory`; `Cancelled`.
     pub fn pixels(&self, cx: &Context, tokens_or_latents: &Tensor) -> Result<Tensor> {
+        let _span = cx.span("stage_a");
         match tokens_or_latents.dtype() {
             DType::I64 => self.stage_a.network.decode_tokens(cx, tokens_or_latents),
             _ => self.stage_a.network.decode_latents(cx, tokens_or_latents),

@@ -12,6 +12,7 @@ use super::halves::{Decoder, Halves, Prior, StageBPart};
 use super::load::{ImagePart, Part, TextPart};
 use super::options::{LogLevel, ModelOptions, Progress, Residency, Stage};
 use crate::device::int8::QuantisedWeights;
+use crate::device::profile::Recorder;
 use crate::device::threads::{reporting_with_reserve, run_apart_with_reserve};
 use crate::device::{CancelToken, Device};
 use crate::error::{Error, Result};
@@ -30,6 +31,7 @@ const NETWORKS_BYTES: usize = 16 << 20;
 #[derive(Clone)]
 pub struct Model {
     pub(super) inner: Arc<Inner>,
+    pub(super) recorder: Option<Arc<Recorder>>,
 }
 
 pub(super) struct Inner {
@@ -107,7 +109,7 @@ impl Model {
             log: options.log.clone(),
         };
         let inner = Inner { fills_gpu: inner.fills_gpu()?, ..inner };
-        let model = Model { inner: Arc::new(inner) };
+        let model = Model { inner: Arc::new(inner), recorder: None };
         model.log(LogLevel::Info, || {
             format!(
                 "opened {} in {:.1?} on {}",
@@ -120,6 +122,13 @@ impl Model {
             model.log(LogLevel::Warning, || format!("the GPU is not used: {reason}"));
         }
         Ok(model)
+    }
+
+    /// The same model, of whose calls `recorder` hears where their time goes. One call at a time. On a GPU a call
+    /// returns before its work ran, and a recorded step is one launch: times are then those of the calls.
+    #[must_use]
+    pub fn recorded_by(&self, recorder: &Arc<Recorder>) -> Self {
+        Model { recorder: Some(recorder.clone()), ..self.clone() }
     }
 
     /// What the model is and what it holds. A half that is not there counts nothing.

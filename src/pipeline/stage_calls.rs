@@ -21,8 +21,12 @@ use crate::stages::blocks::Conditioning;
 use crate::tensor::{DType, Tensor};
 
 impl Model {
-    fn context(&self) -> Context {
-        Context::new(&self.inner.device)
+    pub(super) fn context(&self) -> Context {
+        let cx = Context::new(&self.inner.device);
+        match &self.recorder {
+            Some(recorder) => cx.recorded_by(recorder),
+            None => cx,
+        }
     }
 
     fn context_of(&self, options: &GenerateOptions) -> Context {
@@ -78,6 +82,7 @@ impl Model {
     }
 
     pub(super) fn encode_pictures(&self, cx: &Context, images: &[&Image]) -> Result<Tensor> {
+        let _span = cx.span("image_encoder");
         let part = self.image_encoder()?;
         let (width, height) = common_size(images)?;
         let (height, width) = self.inner.geometry.encoder_size(width, height);
@@ -102,6 +107,7 @@ impl Model {
         common_size(images)?;
         let Part { network, weights, .. } = &self.decoder()?.stage_a;
         self.apart(|cx| {
+            let _span = cx.span("stage_a");
             let encoded = network.encode(cx, &to_pixels(cx, images)?, Mode::Inference)?;
             check_finite(&encoded, "Stage A", weights)?;
             check_finite(&widened(cx, "codebook", network.codebook())?, "Stage A", weights)?;
@@ -150,6 +156,7 @@ impl Model {
             StageBPart::Tokens(Part { network, .. }) => {
                 x.dims_of::<3>("x")?;
                 self.apart(|cx| {
+                    let _span = cx.span("stage_b");
                     let modulations = network.modulations(cx, times)?;
                     let attended =
                         [network.attend_to_latents(cx, latents)?, network.attend_to_text(cx, text)?];
@@ -161,6 +168,7 @@ impl Model {
                 expect_channels("x", x, network.config().latent_channels)?;
                 let [_, h, w, _] = x.dims_of("x")?;
                 self.apart(|cx| {
+                    let _span = cx.span("stage_b");
                     let modulations = network.modulations(cx, times)?;
                     let attended = [network.attend_to_text(cx, text)?];
                     let injected = network.inject(cx, latents, (h, w))?;
@@ -234,6 +242,7 @@ impl Model {
         check_text(&prior.text, "text", text, n)?;
         let times = check_times(t, n)?;
         self.apart(|cx| {
+            let _span = cx.span("stage_c");
             let modulations = network.modulations(cx, times)?;
             let attended = [network.attend_to_text(cx, text)?];
             network.forward(cx, x, Conditioning { modulations: &modulations, attended: &attended })

@@ -179,6 +179,7 @@ impl TextPart {
     /// # Errors
     /// `OutOfMemory`; `Cancelled`; `Format`, naming the tensor, for weights that are not finite.
     pub(super) fn embed_ids(&self, cx: &Context, tokens: &TokenIds) -> Result<Tensor> {
+        let _span = cx.span("text_encoder");
         let lengths = self.mask_padding.then_some(tokens.lengths.as_slice());
         let hidden = self.tower.network.forward(cx, &tokens.ids, lengths)?;
         check_finite(&hidden, "text encoder", &self.tower.weights)?;

@@ -183,6 +183,7 @@ impl DiffNeXt {
     /// `InvalidArgument` for another number of channels, an empty embedding, or a grid that does not divide;
     /// `OutOfMemory`; `Cancelled`.
     pub fn inject(&self, cx: &Context, image: &Tensor, grid: (usize, usize)) -> Result<Injected> {
+        let _span = cx.span("injection");
         let grid = [grid.0, grid.1];
         check_grid("decoder latents", grid, self.config.grid_multiple())?;
         let [entries, _, _, channels] = image.dims_of("image embedding")?;

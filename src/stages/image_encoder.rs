@@ -351,7 +351,8 @@ impl ImageEncoder {
     /// `InvalidArgument` for other shapes; `OutOfMemory`; `Cancelled`.
     pub fn features(&self, cx: &Context, pixels: &Tensor, mode: Mode) -> Result<Tensor> {
         let mut x = self.stem.forward(cx, pixels, None, mode)?;
-        for block in &self.blocks {
+        for (i, block) in self.blocks.iter().enumerate() {
+            let _span = cx.span_of("block", i);
             x = block.forward(cx, &x, mode)?;
         }
         self.features.forward(cx, &x, None, mode)

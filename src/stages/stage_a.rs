@@ -144,6 +144,15 @@ impl Block {
 }
 
 impl Layer {
+    /// What its span is called.
+    fn name(&self) -> &'static str {
+        match self {
+            Layer::Block(_) => "block",
+            Layer::Down { .. } => "down",
+            Layer::Up { .. } => "up",
+        }
+    }
+
     fn forward(&self, cx: &Context, x: Tensor) -> Result<Tensor> {
         match self {
             Layer::Block(block) => block.forward_kept(cx, x),
@@ -241,7 +250,8 @@ impl StageA {
             return Err(Error::argument("stage_a pixels", expected, format!("{w} x {h}")));
         }
         let mut x = self.encoder_in.forward(cx, &pixel_unshuffle(cx, pixels, PIXEL_FOLD)?)?;
-        for layer in &self.encoder {
+        for (i, layer) in self.encoder.iter().enumerate() {
+            let _span = cx.span_of(layer.name(), i);
             x = layer.forward(cx, x)?;
         }
         match mode {
@@ -314,7 +324,8 @@ impl StageA {
     /// As [`StageA::decode`].
     pub fn decoder_features(&self, cx: &Context, x: &Tensor) -> Result<Tensor> {
         let mut x = self.decoder_in.forward(cx, x)?;
-        for layer in &self.decoder {
+        for (i, layer) in self.decoder.iter().enumerate() {
+            let _span = cx.span_of(layer.name(), i);
             x = layer.forward(cx, x)?;
         }
         Ok(x)

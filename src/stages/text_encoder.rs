@@ -141,7 +141,8 @@ impl TextEncoder {
         let mask = lengths.map_or(Mask::Causal, Mask::CausalWithLengths);
         let mut x = embedding(cx, ids, &self.tokens)?;
         x = add_rows(cx, x, &self.positions.narrow(0, length)?)?;
-        for layer in self.layers.iter().take(layers) {
+        for (i, layer) in self.layers.iter().take(layers).enumerate() {
+            let _span = cx.span_of("layer", i);
             x = layer.forward(cx, &x, &self.config, mask)?;
         }
         Ok(x)

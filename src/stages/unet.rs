@@ -204,6 +204,7 @@ impl UNet {
         let injection = |run: usize| injections.get(run).and_then(Option::as_ref);
         let mut skips = Vec::with_capacity(self.down.len());
         for (i, level) in self.down.iter().enumerate() {
+            let _span = cx.span_of("down", i);
             if let Some(resample) = &level.resample {
                 let patches = pixel_unshuffle(cx, &channel_norm(cx, &x)?, LEVEL_STRIDE)?;
                 x = resample.forward(cx, &patches)?;
@@ -215,6 +216,7 @@ impl UNet {
         // The deepest level's output is x itself, not a skip.
         skips.pop();
         for (u, level) in self.up.iter().enumerate() {
+            let _span = cx.span_of("up", u);
             let skip = if u == 0 { None } else { skips.pop() };
             let joined = Joined { skip: skip.as_ref(), injection: injection(self.down.len() + u) };
             x = level.blocks.forward(cx, x, joined, conditioning)?;

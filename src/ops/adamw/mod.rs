@@ -47,6 +47,7 @@ pub fn adamw(
     [first, second]: [&mut Tensor; 2],
     gradient: &Tensor,
 ) -> Result<()> {
+    let _span = cx.op("adamw");
     for x in [&*first, &*second, gradient] {
         expect_like(weights, x)?;
     }
@@ -68,6 +69,7 @@ pub fn adamw(
 /// # Errors
 /// `InvalidArgument` for tensors of different lengths; `Internal` for an average that is shared.
 pub fn moving_average(cx: &Context, average: &mut Tensor, x: &Tensor, decay: f32) -> Result<()> {
+    let _span = cx.op("adamw");
     expect_like(average, x)?;
     if let Some(stream) = cx.cuda()? {
         return cuda::moving_average(cx, stream, average, x, decay);
@@ -86,6 +88,7 @@ pub fn moving_average(cx: &Context, average: &mut Tensor, x: &Tensor, decay: f32
 /// # Errors
 /// As [`moving_average`].
 pub fn approach(cx: &Context, running: &mut Tensor, x: &Tensor, [factor, momentum]: [f32; 2]) -> Result<()> {
+    let _span = cx.op("adamw");
     expect_like(running, x)?;
     if let Some(stream) = cx.cuda()? {
         return cuda::approach(cx, stream, running, x, [factor, momentum]);
@@ -109,6 +112,7 @@ fn expect_like(x: &Tensor, other: &Tensor) -> Result<()> {
 /// # Errors
 /// `InvalidArgument` for another type than `F32`; `OutOfMemory`; `Cancelled`.
 pub fn sum_of_squares(cx: &Context, tensors: &[&Tensor]) -> Result<f64> {
+    let _span = cx.op("adamw");
     tensors.iter().try_for_each(|x| expect_like(x, x))?;
     if let Some(stream) = cx.cuda()? {
         return cuda::sum_of_squares(cx, stream, tensors);

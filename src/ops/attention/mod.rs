@@ -7,6 +7,7 @@ mod gradient;
 mod tests;
 
 use crate::device::Context;
+use crate::device::profile::Work;
 use crate::error::{Error, Result};
 use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
@@ -62,6 +63,7 @@ pub fn attention(
     segments: &[KeyValues],
     mask: Mask,
 ) -> Result<Tensor> {
+    let span = cx.op("attention");
     if heads == 0 || !width.is_multiple_of(heads) || width == 0 {
         return Err(Error::argument("attention: heads", format!("a divisor of {width}"), heads));
     }
@@ -74,6 +76,7 @@ pub fn attention(
         return Err(Error::argument("attention: keys", "at least one", 0));
     }
     mask.check(samples, queries, keys)?;
+    let _span = span.working(|| work(&mask, [samples, queries, keys, width], q.tensor));
     let job = cpu::Job { q, width, heads, segments, mask, samples, queries, keys };
     let inputs: Vec<Option<&Tensor>> = std::iter::once(&q)
         .chain(segments.iter().flat_map(|segment| [&segment.keys, &segment.values]))
@@ -94,6 +97,14 @@ pub fn attention(
         let backward = gradient::Backward::new(&job, kept);
         move |cx, flow| backward.run(cx, flow)
     })
+}
+
+/// Both products. Keys that are shared by samples are read for each.
+fn work(mask: &Mask, [samples, queries, keys, width]: [usize; 4], q: &Tensor) -> Work {
+    let seen: usize =
+        (0..samples).map(|n| (0..queries).map(|t| mask.visible(n, t, keys)).sum::<usize>()).sum();
+    let rows = samples * (2 * queries + 2 * keys);
+    Work { flops: (4 * seen * width) as u64, bytes: (rows * width * q.dtype().size()) as u64 }
 }
 
 impl<'a> Columns<'a> {

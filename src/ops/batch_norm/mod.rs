@@ -50,6 +50,7 @@ pub fn batch_norm(
     p: &BatchNorm,
     reduce: Option<&Arc<dyn Reduce>>,
 ) -> Result<(Tensor, Statistics)> {
+    let _span = cx.op("batch_norm");
     let [n, height, width, channels] = x.dims_of::<4>("batch norm input")?;
     let BatchNorm { weight, bias, eps } = *p;
     let p = Standardise {

@@ -17,6 +17,7 @@ use crate::tensor::{DType, Tensor};
 /// # Errors
 /// `InvalidArgument` for another number of targets; `OutOfMemory`.
 pub fn binary_cross_entropy(cx: &Context, x: &Tensor, targets: &[f32]) -> Result<Tensor> {
+    let _span = cx.op("binary_cross_entropy");
     let samples = x.dims().first().copied().unwrap_or(0);
     if targets.len() != samples || x.elements() == 0 {
         let expected = format!("a target for each sample of {}", x.shape());

@@ -38,6 +38,7 @@ pub fn contrastive_loss(
     texts: &Tensor,
     log_temperature: &Tensor,
 ) -> Result<ContrastiveLoss> {
+    let _span = cx.op("contrast");
     let [count, width] = images.dims_of::<2>("contrasted images")?;
     if texts.dims() != images.dims() || count * width == 0 {
         let expected = format!("{} with an element", images.shape());

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::ops::kernels;
 pub use crate::ops::linear::Epilogue;
 use crate::ops::linear::{Rows, gradient as products, product};
+use crate::ops::work;
 use crate::tensor::{DType, Tensor};
 pub(crate) use cuda::order;
 
@@ -38,9 +39,11 @@ pub struct Conv2d<'a> {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together, the kernel is larger than the padded image or the stride is 0.
 pub fn conv2d(cx: &Context, x: &Tensor, p: &Conv2d) -> Result<Tensor> {
+    let span = cx.op("conv2d");
     let (input, weight) = (x.dims_of("conv2d input")?, p.weight.dims_of("conv2d weight")?);
     let sizes = Sizes::new(input, weight, p.stride, p.padding)?;
     let dims = [x.dims()[0], sizes.out_height, sizes.out_width, sizes.outputs];
+    let _span = span.working(|| work::convolving(x, p.weight, dims));
     if let Some(residual) = p.epilogue.residual.filter(|r| r.dims() != dims) {
         return Err(Error::argument("conv2d residual", format!("{dims:?}"), residual.shape()));
     }

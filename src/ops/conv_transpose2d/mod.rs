@@ -10,6 +10,7 @@ use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
 use crate::ops::linear::{Epilogue, Rows, product};
+use crate::ops::work;
 use crate::tensor::autograd::records;
 use crate::tensor::{DType, Tensor};
 
@@ -40,7 +41,10 @@ pub struct ConvTranspose2d<'a> {
 /// `InvalidArgument` if shapes do not fit together, the stride is 0 or larger than the kernel, or nothing is
 /// left of the output.
 pub fn conv_transpose2d(cx: &Context, x: &Tensor, p: &ConvTranspose2d) -> Result<Tensor> {
+    let span = cx.op("conv_transpose2d");
     let sizes = Sizes::new(x, p)?;
+    // Each pixel of the input goes through the whole kernel, but for what the padding cuts off.
+    let _span = span.working(|| work::multiplying(x.shape().rows(), &[p.weight], &[x]));
     if records(cx, &[Some(x), Some(p.weight), p.bias]) {
         return gradient::recorded(cx, x, p, &sizes);
     }

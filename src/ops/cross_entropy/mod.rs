@@ -69,6 +69,7 @@ pub fn cross_entropy(
     weight: &Tensor,
     p: &CrossEntropy,
 ) -> Result<TokenLoss> {
+    let _span = cx.op("cross_entropy");
     let sizes = check(features, weight, p)?;
     let mut sums = Sums::new(cx, features, weight, sizes)?;
     if let Some(stream) = cx.cuda()? {

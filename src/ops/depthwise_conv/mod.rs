@@ -7,12 +7,14 @@ mod gradient;
 mod tests;
 
 use crate::device::Context;
+use crate::device::profile::Work;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
 use crate::ops::elementwise::{activate, affine_channels};
 use crate::ops::kernels;
 use crate::ops::layer_norm::{LayerNorm, layer_norm};
 use crate::ops::scaled_residual::scaled_residual;
+use crate::ops::work;
 use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
 
@@ -83,6 +85,7 @@ pub struct DepthwiseConv<'a> {
 /// `InvalidArgument` if shapes do not fit together, the kernel is not square, odd and at most
 /// [`MAX_KERNEL`], or the stride is 0.
 pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &DepthwiseConv) -> Result<Tensor> {
+    let span = cx.op("depthwise_conv");
     let [first, second] = p.then.tensors();
     let composed = !matches!(p.then, Then::None);
     if composed && records(cx, &[Some(x), skip, Some(p.weight), p.bias, first, second]) {
@@ -91,6 +94,7 @@ pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &Depth
     }
     let shape = shape(x, skip, p)?;
     p.then.check(&[x.dims()[0], shape.out_height, shape.out_width, shape.channels])?;
+    let _span = span.working(|| p.work(x, skip, shape));
     let out = match cx.cuda()? {
         Some(stream) => cuda::convolve(cx, stream, (x, skip), p, shape)?,
         None => convolve_on_host(cx, (x, skip), p, shape)?,
@@ -99,6 +103,16 @@ pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &Depth
         let backward = gradient::Backward::new(x, skip, p, shape);
         move |cx, flow| backward.run(cx, flow)
     })
+}
+
+impl DepthwiseConv<'_> {
+    /// What follows is not counted: it works on what is at hand.
+    fn work(&self, x: &Tensor, skip: Option<&Tensor>, shape: Sizes) -> Work {
+        let pixels = (x.dims()[0] * shape.out_height * shape.out_width) as u64;
+        let flops = 2 * pixels * self.weight.elements() as u64;
+        let read = work::moving(&[x, self.weight]).bytes + skip.map_or(0, |skip| work::moving(&[skip]).bytes);
+        Work { flops, bytes: read + pixels * shape.channels as u64 * x.dtype().size() as u64 }
+    }
 }
 
 fn convolve_on_host(

@@ -11,6 +11,7 @@ use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
 use crate::ops::kernels::{self, mul_add, per_cpu};
+use crate::ops::work;
 use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
 use gradient::Affine;
@@ -59,6 +60,7 @@ per_cpu! {
 /// # Errors
 /// `InvalidArgument` if shapes differ.
 pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[a, b, a]));
     if a.dims() != b.dims() {
         return Err(Error::argument("add", format!("the shape {}", a.shape()), b.shape()));
     }
@@ -88,6 +90,7 @@ pub fn add(cx: &Context, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// `InvalidArgument` if `x` is not `F32`, or on a GPU of no float type.
 pub fn activate(cx: &Context, x: Tensor, activation: Activation) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[&x, &x]));
     let from_result = activation.differentiates_from_result();
     let input = (!from_result && records(cx, &[Some(&x)])).then(|| x.clone());
     let out = match cx.cuda()? {
@@ -123,6 +126,7 @@ impl Default for Rescale {
 /// # Errors
 /// `InvalidArgument` if `x` is not `F32`, or on a GPU of no float type.
 pub fn rescale(cx: &Context, x: Tensor, p: Rescale) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[&x, &x]));
     let out = match cx.cuda()? {
         Some(stream) => cuda::rescale(cx, stream, x, p)?,
         None => kernels::in_place(cx, "rescaled numbers", x, CHUNK, |_, part| {
@@ -144,6 +148,7 @@ pub fn rescale(cx: &Context, x: Tensor, p: Rescale) -> Result<Tensor> {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
 pub fn scale_channels(cx: &Context, x: Tensor, s: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[&x, &x]));
     let rows = Rows::of(&x)?;
     let scale = channel_vector(cx, "channel scale", s, rows.samples * rows.channels)?;
     let input = records(cx, &[Some(s)]).then(|| x.clone());
@@ -162,6 +167,7 @@ pub fn scale_channels(cx: &Context, x: Tensor, s: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
 pub fn affine_channels(cx: &Context, x: Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[&x, &x]));
     let rows = Rows::of(&x)?;
     let per_sample = scale.elements() != rows.channels;
     let count = if per_sample { rows.samples * rows.channels } else { rows.channels };
@@ -196,6 +202,7 @@ pub fn affine_channels(cx: &Context, x: Tensor, scale: &Tensor, shift: &Tensor) 
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
 pub fn modulate(cx: &Context, x: Tensor, modulation: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[&x, &x]));
     let rows = Rows::of(&x)?;
     let channels = rows.channels;
     let entries = modulation.shape().rows();
@@ -231,6 +238,7 @@ pub fn modulate(cx: &Context, x: Tensor, modulation: &Tensor) -> Result<Tensor> 
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
 pub fn add_rows(cx: &Context, x: Tensor, rows: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("elementwise").working(|| work::moving(&[&x, &x]));
     if x.dims().get(1..) != Some(rows.dims()) {
         return Err(Error::argument("added rows", format!("[T, C] of {}", x.shape()), rows.shape()));
     }

@@ -5,6 +5,7 @@ mod cuda;
 mod tests;
 
 use crate::device::Context;
+use crate::device::profile::Work;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
 use crate::tensor::autograd::record;
@@ -19,6 +20,10 @@ use crate::tensor::{DType, MAX_RANK, Tensor};
 /// `InvalidArgument` for an id outside `0 .. V`, which it names, or other shapes. Ids that only a GPU knows are not
 /// looked at: one that is outside gives a row of NaN.
 pub fn embedding(cx: &Context, ids: &Tensor, table: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("embedding").working(|| {
+        let row = (table.shape().channels() * table.dtype().size()) as u64;
+        Work { flops: 0, bytes: 2 * ids.elements() as u64 * row }
+    });
     let [count, channels] = table.dims_of::<2>("embedding table")?;
     if !table.dtype().is_float() {
         return Err(Error::argument("embedding table", "a float type", table.dtype()));

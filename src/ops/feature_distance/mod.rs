@@ -27,6 +27,7 @@ const LANES: usize = 16;
 /// # Errors
 /// `InvalidArgument` if shapes do not fit; `OutOfMemory`; `Cancelled`.
 pub fn feature_distance(cx: &Context, x: &Tensor, y: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("feature_distance");
     refuse(cx, "feature distance", &[w])?;
     if x.dims() != y.dims() {
         return Err(Error::argument("feature distance", format!("the shape {}", x.shape()), y.shape()));

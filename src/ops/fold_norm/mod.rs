@@ -31,6 +31,7 @@ pub struct FixedNorm<'a> {
 /// # Errors
 /// `InvalidArgument` if the four do not have as many elements; `OutOfMemory`.
 pub fn fold_norm(cx: &Context, p: &FixedNorm) -> Result<[Tensor; 2]> {
+    let _span = cx.op("fold_norm");
     let channels = p.weight.elements();
     for (what, vector) in [("bias", p.bias), ("mean", p.mean), ("variance", p.variance)] {
         if vector.elements() != channels {

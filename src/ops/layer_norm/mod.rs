@@ -9,6 +9,7 @@ mod tests;
 use crate::device::Context;
 use crate::error::Result;
 use crate::ops::kernels;
+use crate::ops::work;
 use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
@@ -40,6 +41,7 @@ impl Default for LayerNorm<'_> {
 /// `InvalidArgument` if `x` is not `F32` or the affine parameters do not have `C` elements, or the scale
 /// or shift not one.
 pub fn layer_norm(cx: &Context, x: &Tensor, p: &LayerNorm) -> Result<Tensor> {
+    let _span = cx.op("layer_norm").working(|| work::moving(&[x, x]));
     let out = match cx.cuda()? {
         Some(stream) => cuda::normalize(cx, stream, x, p)?,
         None => {

@@ -7,6 +7,7 @@ use super::{Epilogue, Place, finished, gradient, sides, values};
 use crate::device::Context;
 use crate::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values};
 use crate::error::{Error, Result};
+use crate::ops::work;
 use crate::tensor::{DType, MAX_RANK, Tensor};
 
 /// The most terms of a sum: their list is held inline.
@@ -37,6 +38,7 @@ pub struct Term<'a> {
 /// `InvalidArgument` without terms, with more than [`MAX_TERMS`], or if shapes do not fit together;
 /// `OutOfMemory`; `Cancelled`.
 pub fn linear_sum(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Result<Tensor> {
+    let _span = cx.op("linear").working(|| work::of_terms(terms, epilogue));
     if terms.iter().any(|term| gradient::records(cx, &[Some(term.x), Some(term.weight)], epilogue)) {
         return gradient::recorded(cx, terms, epilogue);
     }
@@ -88,6 +90,13 @@ pub(super) fn compute(cx: &Context, terms: &[Term], epilogue: &Epilogue) -> Resu
 }
 
 impl<'a> Term<'a> {
+    /// Outputs of its weight.
+    pub(crate) fn outputs(&self) -> usize {
+        let dims = self.weight.dims();
+        let side = if self.layout == Layout::RowsAreOutputs { dims.first() } else { dims.last() };
+        side.copied().unwrap_or(0)
+    }
+
     /// The part of its weight, in a sum over rows of the dimensions `outer` with this many outputs.
     ///
     /// # Errors

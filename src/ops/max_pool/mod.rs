@@ -21,6 +21,7 @@ const SIDE: usize = 2;
 /// # Errors
 /// `InvalidArgument` for another shape or a side of less than 2; `OutOfMemory`; `Cancelled`.
 pub fn max_pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("max_pool");
     let [samples, height, width, channels] = x.dims_of::<4>("max pool input")?;
     if height < SIDE || width < SIDE {
         return Err(Error::argument("max pool input", "sides of at least 2 pixels", x.shape()));

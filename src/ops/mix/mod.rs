@@ -35,6 +35,7 @@ simd_dispatch! {
 /// # Errors
 /// `InvalidArgument` if shapes or counts differ.
 pub fn mix(cx: &Context, x: &Tensor, y: &Tensor, a: &[f32], b: &[f32]) -> Result<Tensor> {
+    let _span = cx.op("mix");
     if x.dims() != y.dims() {
         return Err(Error::argument("mix", format!("the shape {}", x.shape()), y.shape()));
     }
@@ -69,6 +70,7 @@ pub fn mix(cx: &Context, x: &Tensor, y: &Tensor, a: &[f32], b: &[f32]) -> Result
 /// # Errors
 /// `InvalidArgument` for another number of factors.
 pub fn scale_samples(cx: &Context, x: &Tensor, factors: &[f32]) -> Result<Tensor> {
+    let _span = cx.op("mix");
     let out = scaled(cx, x, factors)?;
     record(cx, out, &[Some(x)], || {
         let (to, factors) = (x.tracked(), factors.to_vec());

@@ -6,6 +6,7 @@ use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
 use crate::ops::kernels;
+use crate::ops::work;
 use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
@@ -23,6 +24,7 @@ const BOUND: f32 = 1e-3;
 /// # Errors
 /// `InvalidArgument` for other shapes; `OutOfMemory`.
 pub fn noise_from_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("noise_head").working(|| work::moving(&[x, head, x]));
     quotient(cx, x, head, Divisor::Plain)
 }
 
@@ -34,6 +36,7 @@ pub fn noise_from_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor
 /// # Errors
 /// As [`noise_from_head`].
 pub fn noise_from_bounded_head(cx: &Context, x: &Tensor, head: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("noise_head").working(|| work::moving(&[x, head, x]));
     quotient(cx, x, head, Divisor::Bounded)
 }
 

@@ -5,6 +5,7 @@ mod cuda;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::ops::work;
 use crate::simd_dispatch;
 use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
@@ -17,6 +18,7 @@ use crate::tensor::{DType, Tensor};
 /// # Errors
 /// `InvalidArgument` if `r` is 0 or does not divide the size.
 pub fn pixel_unshuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
+    let _span = cx.op("pixel_shuffle").working(|| work::moving(&[x, x]));
     let [n, height, width, channels] = x.dims_of::<4>("pixel_unshuffle input")?;
     if r == 0 || height % r != 0 || width % r != 0 {
         return Err(Error::argument("pixel_unshuffle input", format!("a multiple of {r} pixels"), x.shape()));
@@ -70,6 +72,7 @@ fn unshuffle_on_host(cx: &Context, x: &Tensor, dims: [usize; 4], r: usize) -> Re
 /// # Errors
 /// `InvalidArgument` if `r` is 0 or `r*r` does not divide the channels.
 pub fn pixel_shuffle(cx: &Context, x: &Tensor, r: usize) -> Result<Tensor> {
+    let _span = cx.op("pixel_shuffle").working(|| work::moving(&[x, x]));
     let [n, height, width, channels] = x.dims_of::<4>("pixel_shuffle input")?;
     if r == 0 || channels % (r * r) != 0 {
         return Err(Error::argument(

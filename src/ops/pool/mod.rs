@@ -34,6 +34,7 @@ per_cpu! {
 /// # Errors
 /// `InvalidArgument` if `x` is not `[N, H, W, C]` of such a type.
 pub fn pool(cx: &Context, x: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("pool");
     let [_, height, width, _] = x.dims_of::<4>("pool input")?;
     let out = match cx.cuda()? {
         Some(stream) => cuda::pool(cx, stream, x)?,

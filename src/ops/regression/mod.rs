@@ -27,6 +27,7 @@ const LANES: usize = 16;
 /// # Errors
 /// `InvalidArgument` if shapes or counts differ; `OutOfMemory`; `Cancelled`.
 pub fn squared_error(cx: &Context, x: &Tensor, target: &Tensor, weights: Option<&[f32]>) -> Result<Tensor> {
+    let _span = cx.op("regression");
     let ones = [1.0].repeat(check(x, target)?);
     let weights = weights.unwrap_or(&ones);
     let sample = sample_elements(x, weights)?;
@@ -69,6 +70,7 @@ fn sample_errors(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Vec<f64>> 
 /// # Errors
 /// As [`squared_error`].
 pub fn absolute_error(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("regression");
     check(x, target)?;
     let loss = match cx.cuda()? {
         Some(stream) => cuda::loss(cx, stream, [x, target], Kind::Absolute, &[1.0])?,
@@ -91,6 +93,7 @@ pub fn absolute_error(cx: &Context, x: &Tensor, target: &Tensor) -> Result<Tenso
 /// # Errors
 /// `InvalidArgument` for a term of more elements.
 pub fn weighted_sum(cx: &Context, terms: &[(&Tensor, f32)]) -> Result<Tensor> {
+    let _span = cx.op("regression");
     if let Some((term, _)) = terms.iter().find(|(term, _)| term.elements() != 1) {
         return Err(Error::argument("a term of a sum", "one element", term.shape()));
     }

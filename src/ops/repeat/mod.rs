@@ -15,6 +15,7 @@ use crate::tensor::{DType, Tensor, autograd};
 /// # Errors
 /// `InvalidArgument` if the elements are not floats; `OutOfMemory`.
 pub fn repeat_each(cx: &Context, x: &Tensor, times: usize) -> Result<Tensor> {
+    let _span = cx.op("repeat");
     let repeated = match cx.cuda()? {
         Some(stream) => cuda::repeat(cx, stream, x, times)?,
         None => {

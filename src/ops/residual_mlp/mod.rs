@@ -13,6 +13,7 @@ use crate::ops::layer_norm::{layer_norm, normalize};
 pub use crate::ops::linear::Activation;
 use crate::ops::linear::{Epilogue, Rows, linear, product};
 use crate::ops::scaled_residual::scaled_residual;
+use crate::ops::work;
 use crate::tensor::autograd::records;
 use crate::tensor::{DType, Tensor};
 
@@ -52,6 +53,7 @@ pub struct ResidualMlp<'a> {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit together; `OutOfMemory`; `Cancelled`.
 pub fn residual_mlp(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor> {
+    let span = cx.op("residual_mlp");
     let channels = x.shape().channels();
     let [hidden, _] = p.expand.weight.dims_of("mlp expand weight")?;
     check("mlp expand weight", p.expand.weight, [hidden, channels])?;
@@ -62,6 +64,8 @@ pub fn residual_mlp(cx: &Context, x: &Tensor, p: &ResidualMlp) -> Result<Tensor>
     if cx.cuda()?.is_some() {
         return with_whole_layers(cx, x, p);
     }
+    let weights = [p.expand.weight, p.project.weight];
+    let _span = span.working(|| work::multiplying(x.shape().rows(), &weights, &[x, x]));
     let gain = kernels::scalar("mlp gain", p.gain)?;
     let input = x.slice::<f32>()?;
     let rows = rows_at_once(x.shape().rows(), hidden);

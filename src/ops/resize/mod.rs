@@ -138,6 +138,7 @@ pub fn resize(
     filter: Filter,
     corners: Corners,
 ) -> Result<Tensor> {
+    let _span = cx.op("resize");
     let [_, h, w, _] = input.dims_of("the input of a resize")?;
     resize_axes(cx, input, [Axis::whole(h, size[0]), Axis::whole(w, size[1])], filter, corners)
 }

@@ -9,6 +9,7 @@ mod tests;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::ops::work;
 use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
 
@@ -25,6 +26,7 @@ const TOKENS: usize = 32;
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
 pub fn response_norm(cx: &Context, x: Tensor, gamma: &Tensor, beta: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("response_norm").working(|| work::moving(&[&x, &x, &x]));
     if x.dims().len() < 2 {
         return Err(Error::argument("response norm input", "[N, .., C]", x.shape()));
     }

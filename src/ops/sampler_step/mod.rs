@@ -120,6 +120,7 @@ pub fn ddpm_step(
     noise: Option<&Random>,
     [alpha_bar, alpha_bar_next]: [f32; 2],
 ) -> Result<Tensor> {
+    let _span = cx.op("sampler_step");
     predicted.expect_like(&x)?;
     noise.map_or(Ok(()), |noise| noise.expect_like(&x))?;
     if let Some(stream) = cx.cuda()? {
@@ -148,6 +149,7 @@ pub fn ddim_step(
     predicted: &Prediction,
     [alpha_bar, alpha_bar_next]: [f32; 2],
 ) -> Result<Tensor> {
+    let _span = cx.op("sampler_step");
     predicted.expect_like(&x)?;
     if let Some(stream) = cx.cuda()? {
         let step = cuda::Step::ddim(alpha_bar, alpha_bar_next);
@@ -168,6 +170,7 @@ pub fn ddim_step(
 /// # Errors
 /// As [`ddpm_step`].
 pub fn implied_clean(cx: &Context, x: &Tensor, predicted: &Prediction, alpha_bar: f32) -> Result<Tensor> {
+    let _span = cx.op("sampler_step");
     predicted.expect_like(x)?;
     if let Some(stream) = cx.cuda()? {
         return cuda::step(cx, stream, (x.clone(), predicted), cuda::Step::clean(alpha_bar), None);
@@ -188,6 +191,7 @@ pub fn implied_clean(cx: &Context, x: &Tensor, predicted: &Prediction, alpha_bar
 /// # Errors
 /// `InvalidArgument` for other shapes or types; `OutOfMemory`.
 pub fn diffuse(cx: &Context, x: Tensor, noise: &Random, alpha_bar: f32) -> Result<Tensor> {
+    let _span = cx.op("sampler_step");
     noise.expect_like(&x)?;
     if let Some(stream) = cx.cuda()? {
         return cuda::diffuse(cx, stream, x, None, (noise, alpha_bar));
@@ -222,6 +226,7 @@ pub fn keep_region(
     noise: &Random,
     alpha_bar: f32,
 ) -> Result<Tensor> {
+    let _span = cx.op("sampler_step");
     noise.expect_like(&x)?;
     expect(&x, "kept latents", kept.latents.dims())?;
     if kept.mask.elements() != x.shape().rows() {
@@ -246,6 +251,7 @@ pub fn keep_region(
 /// # Errors
 /// `InvalidArgument` for other shapes or types; `OutOfMemory`.
 pub fn renoise(cx: &Context, tokens: &Tensor, random: &Tensor, uniforms: &Random, t: f32) -> Result<Tensor> {
+    let _span = cx.op("sampler_step");
     uniforms.expect_like(tokens)?;
     expect(tokens, "random tokens", random.dims())?;
     let mut noised = Tensor::new(cx, "tokens", tokens.dims(), DType::I64)?;

@@ -6,6 +6,7 @@ use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels::{self, mul_add, per_cpu};
 use crate::ops::sums;
+use crate::ops::work;
 use crate::tensor::autograd::record;
 use crate::tensor::{DType, Tensor};
 
@@ -52,6 +53,7 @@ per_cpu! {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit.
 pub fn scaled_residual(cx: &Context, y: &Tensor, gain: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("scaled_residual").working(|| work::moving(&[y, residual, y]));
     if y.dims() != residual.dims() {
         return Err(Error::argument("scaled residual", format!("the shape {}", y.shape()), residual.shape()));
     }

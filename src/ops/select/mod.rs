@@ -16,6 +16,7 @@ use crate::tensor::{DType, Tensor};
 /// # Errors
 /// `InvalidArgument` for another number of positions, or one outside `0 .. T`.
 pub fn select_tokens(cx: &Context, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
+    let _span = cx.op("select");
     let [samples, tokens, channels] = x.dims_of::<3>("selected tokens")?;
     if positions.len() != samples || positions.iter().any(|&position| position >= tokens) {
         let expected = format!("{samples} within 0 .. {tokens}");

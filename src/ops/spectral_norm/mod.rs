@@ -27,6 +27,7 @@ pub struct Directions {
 /// # Errors
 /// `InvalidArgument` if the vector does not fit; `OutOfMemory`; `Cancelled`.
 pub fn power_iteration(cx: &Context, weight: &Tensor, directions: &Directions) -> Result<Directions> {
+    let _span = cx.op("spectral_norm");
     let sides = sides(weight, directions)?;
     match cx.cuda()? {
         Some(stream) => cuda::iterate(cx, stream, weight, sides, directions),
@@ -43,6 +44,7 @@ pub fn power_iteration(cx: &Context, weight: &Tensor, directions: &Directions) -
 /// # Errors
 /// `InvalidArgument` if the vectors do not fit; `OutOfMemory`; `Cancelled`.
 pub fn spectral_norm(cx: &Context, weight: &Tensor, directions: &Directions) -> Result<Tensor> {
+    let _span = cx.op("spectral_norm");
     let sides = sides(weight, directions)?;
     let (out, sigma) = match cx.cuda()? {
         Some(stream) => {

@@ -11,6 +11,7 @@ use crate::device::gemm::Layout;
 use crate::error::{Error, Result};
 use crate::ops::linear::{Epilogue, Rows, product};
 use crate::ops::vector_quantize::{self, Codes};
+use crate::ops::work;
 use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
@@ -54,6 +55,7 @@ pub fn choose_tokens(
     temperature: f32,
     choice: TokenChoice,
 ) -> Result<Tensor> {
+    let span = cx.op("token_choice");
     refuse(cx, "choice of tokens", &[cond, uncond.unwrap_or(cond), weight])?;
     let [rows, channels] = cond.dims_of::<2>("token features")?;
     let [classes, weight_channels] = weight.dims_of::<2>("token weight")?;
@@ -67,6 +69,10 @@ pub fn choose_tokens(
     if let TokenChoice::Quant { codebook } = choice {
         vector_quantize::check(cx, codebook)?;
     }
+    let _span = span.working(|| match uncond {
+        Some(uncond) => work::multiplying(2 * rows, &[weight], &[cond, uncond]),
+        None => work::multiplying(rows, &[weight], &[cond]),
+    });
     let given = Given { cond, uncond, weight, guidance, temperature, choice };
     match cx.cuda()? {
         Some(stream) => cuda::choose(cx, stream, &given),

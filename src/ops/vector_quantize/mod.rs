@@ -6,6 +6,7 @@ pub(crate) mod cuda;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::ops::kernels;
+use crate::ops::work;
 use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
@@ -66,6 +67,7 @@ pub(crate) fn check(cx: &Context, codebook: &Tensor) -> Result<[usize; 2]> {
 /// # Errors
 /// `InvalidArgument` if shapes do not fit or the codebook is empty.
 pub fn nearest(cx: &Context, x: &Tensor, codebook: &Tensor) -> Result<Tensor> {
+    let _span = cx.op("vector_quantize").working(|| work::multiplying(x.shape().rows(), &[codebook], &[x]));
     refuse(cx, "nearest code", &[x])?;
     let [_, dim] = check(cx, codebook)?;
     let Some((&last, outer)) = x.dims().split_last().filter(|(last, _)| **last == dim) else {

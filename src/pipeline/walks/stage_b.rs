@@ -22,6 +22,7 @@ const PREVIEW_GUIDANCE: f32 = 1.0;
 /// Stage B's walk.
 pub(in crate::pipeline) struct StageBWalk<'a> {
     walk: Walk<'a>,
+    cx: &'a Context,
     stage_b: &'a StageBPart,
 }
 
@@ -73,6 +74,7 @@ impl<'a> StageBWalk<'a> {
         tokens: TokenSampling,
         times_and_guidance: (Vec<f32>, f32),
     ) -> Result<Self> {
+        let _span = cx.span("stage_b");
         let decoder = model.decoder()?;
         let grid = model.inner.geometry.stage_b_grid(options.width, options.height, latents)?;
         let walk = match &decoder.stage_b {
@@ -81,7 +83,7 @@ impl<'a> StageBWalk<'a> {
                 Walk::Latents(LatentWalk::new(part, *schedule, cx, times_and_guidance, grid)?)
             }
         };
-        Ok(StageBWalk { walk, stage_b: &decoder.stage_b })
+        Ok(StageBWalk { walk, cx, stage_b: &decoder.stage_b })
     }
 
     pub fn is_guided(&self) -> bool {
@@ -120,6 +122,7 @@ impl<'a> StageBWalk<'a> {
         noise: &mut dyn NoiseSource,
         after_step: &mut dyn FnMut(usize, &Glimpse) -> Result<()>,
     ) -> Result<Tensor> {
+        let _span = self.cx.span("stage_b");
         match &self.walk {
             Walk::Tokens(walk) => {
                 walk.run(latents, texts, noise, &mut |done, tokens| after_step(done, &|| tokens.narrow(0, 1)))

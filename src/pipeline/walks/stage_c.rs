@@ -44,6 +44,7 @@ impl<'a> StageCWalk<'a> {
         cx: &'a Context,
         grid: (usize, usize),
     ) -> Result<Self> {
+        let _span = cx.span("stage_c");
         let prior = model.prior()?;
         let given = initial_latents(model, options, cx)?;
         let start = match &given {
@@ -105,6 +106,7 @@ impl<'a> StageCWalk<'a> {
         if let (0, None, Some(given)) = (self.steps(), &start, &self.given) {
             return one_each(self.cx, given, pictures);
         }
+        let _span = self.cx.span("stage_c");
         let network = &self.prior.stage_c.network;
         let samples = pictures.len();
         let x = match start {

@@ -111,6 +111,18 @@ struct Inputs<'a> {
     attended: Vec<(&'a KeysAndValues, &'a [usize])>,
 }
 
+impl Body {
+    /// What its span is called.
+    fn name(&self) -> &'static str {
+        match self {
+            Body::Res(_) | Body::InjectedRes(_) => "res_block",
+            Body::FeedForward(_) => "feed_forward_block",
+            Body::Attn { .. } => "attn_block",
+            Body::Identity => "timestep_block",
+        }
+    }
+}
+
 impl Block {
     fn attended<'a>(&self, conditioning: Conditioning<'a>) -> Vec<(&'a KeysAndValues, &'a [usize])> {
         match self.body {
@@ -225,6 +237,7 @@ impl Blocks {
                 Body::InjectedRes(_) => joined.injection.map(|i| &i.image).zip(folded.next()),
                 _ => None,
             };
+            let _span = cx.span_of(block.body.name(), i);
             let inputs = Inputs {
                 x: &x,
                 skip: joined.skip.filter(|_| i == 0),
@@ -268,6 +281,7 @@ impl Invariants {
     /// # Errors
     /// `OutOfMemory`; `Cancelled`.
     pub fn modulations(&self, cx: &Context, times: &[f32], time_width: usize) -> Result<Modulations> {
+        let _span = cx.span("modulations");
         let embedded = timestep_embedding(cx, times, time_width)?;
         // Widened once: every step reads them so.
         let mapped = self.timesteps.iter().map(|block| widen(cx, &block.mapper.forward(cx, &embedded)?));
@@ -288,6 +302,7 @@ pub fn attend<'a>(
     runs: impl Iterator<Item = &'a Blocks>,
     condition: &Tensor,
 ) -> Result<Attended> {
+    let _span = cx.span("keys_and_values");
     let [entries, _, _] = condition.dims_of("conditioning")?;
     let activated = activate(cx, condition.clone(), Activation::Silu)?;
     let keys_and_values = runs
