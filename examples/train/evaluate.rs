@@ -6,9 +6,9 @@
 //! ```
 //!
 //! The captions that are drawn are spread over each data set; those of the second were not trained on. `--judge MODEL`
-//! takes another model's pair, so that two models have one judge; `--dtype i8` computes
-//! in that type, and says how far the pictures are from those of f32. Rows: the pictures themselves (what the pair can tell
-//! at best), the same through Stage A, through Stage B from their true latents, and drawn from the captions alone.
+//! takes another model's pair, so that two models have one judge; `--dtype i8` computes in that type, and says how far the
+//! pictures are from those of f32. Rows: the pictures themselves (what the pair can tell at best), the same through
+//! Stage A, through Stage B from their true latents, and drawn from the captions alone.
 
 mod dataset;
 
