@@ -17,11 +17,12 @@ macro_rules! blocks {
         pub(super) unsafe fn $name(tile: &Tile, sums: &mut Sums) {
             for first in (0..tile.rows).step_by($most) {
                 for half in [0, COLUMNS / 2] {
+                    let rows = match tile.rows - first {
+                        $($count => $rows::<$count>,)*
+                        _ => $rows::<$most>,
+                    };
                     // SAFETY: the caller's contract; the rows lie within the tile.
-                    match tile.rows - first {
-                        $($count => unsafe { $rows::<$count>(tile, first, half, sums) },)*
-                        _ => unsafe { $rows::<$most>(tile, first, half, sums) },
-                    }
+                    unsafe { rows(tile, first, half, sums) };
                 }
             }
         }
