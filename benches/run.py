@@ -2,13 +2,13 @@
 """Times the library beside its rival, part by part, and writes a dated record.
 
     python3 benches/run.py [--generation 1|2] [--model DIR] [--parts text,c,b,a] [--threads 1,2] [--repeats N]
-                           [--rounds N] [--dtype f32|i8] [--no-record]
+                           [--rounds N] [--dtype f32|bf16|i8] [--no-record]
 
 The rival is eager PyTorch: for v1 the networks of `tests/reference/torch_v1.py`, for v2 diffusers' own. Per part and
 thread count the two run in turn (ours, rival, ours, rival), each in a process of its own, on the same weights. The
 table gives the median and the minimum of all timed passes; the ratio is ours / rival of the medians, below 1 where the
 library is faster. With --dtype i8 the library computes the products of its blocks in eight bits; the rival stays in
-float32. Other load on the machine during each process is measured and shown: where it is much, the record
+float32. With --dtype bf16 weights are stored so: the library computes in float32 all the same, the rival in bfloat16. Other load on the machine during each process is measured and shown: where it is much, the record
 says so. For v2 a decoder step that computes everything itself is timed too, beside what is computed once.
 
 The model folder (random weights at the published size) is made under build/bench-model or build/bench-model-v2 if it
@@ -33,6 +33,7 @@ from flops import generation, gflop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = REPOSITORY / "build"
+EMOJI = REPOSITORY / "examples" / "models" / "emoji-v1"
 RECORDS = REPOSITORY / "benches" / "record"
 
 
@@ -62,6 +63,7 @@ GENERATIONS = {
         },
     ),
 }  # fmt: skip
+RIVAL_DTYPES = {"f32": "float32", "bf16": "bfloat16", "i8": "float32"}
 BUSY_LIMIT = 0.1  # cores of other load above which a record is marked
 
 
@@ -107,10 +109,10 @@ def run(command):
     return report
 
 
-def ensure_model(model, about):
+def ensure_model(model, about, dtype):
     if not (model / "model_index.json").exists():
         print(f"making {model} ({about.size})", file=sys.stderr)
-        subprocess.run([python(), about.maker, model], check=True, stdout=sys.stderr)
+        subprocess.run([python(), about.maker, model, "--dtype", dtype], check=True, stdout=sys.stderr)
 
 
 class Row:
@@ -136,6 +138,11 @@ class Row:
         return max(0.0, sum(r["others_s"] for r in reports) / sum(r["wall_s"] for r in reports))
 
 
+def compute_dtype(args):
+    """What ours computes in."""
+    return "i8" if args.dtype == "i8" else "f32"
+
+
 def measure(args, about, stages):
     rows = []
     for threads in args.threads:
@@ -143,8 +150,8 @@ def measure(args, about, stages):
             row = Row(part, threads)
             common = ["--model", args.model, "--part", part, "--threads", threads, "--repeats", args.repeats]
             for _ in range(args.rounds):
-                row.reports["ours"].append(run([stages, *common, "--dtype", args.dtype]))
-                row.reports["rival"].append(run([python(), about.rival, *common]))
+                row.reports["ours"].append(run([stages, *common, "--dtype", compute_dtype(args)]))
+                row.reports["rival"].append(run([python(), about.rival, *common, "--dtype", RIVAL_DTYPES[args.dtype]]))
             rows.append(row)
             print(table([row], args.model, about), file=sys.stderr)
     return rows
@@ -172,7 +179,7 @@ def memory_section(args, stages):
     """Opening, and what a generation needs; ours alone."""
     opened = run([stages, "--model", args.model, "--part", "open"])
     threads = max(args.threads)
-    made = run([stages, "--model", args.model, "--part", "generate", "--threads", threads, "--dtype", args.dtype])
+    made = run([stages, "--model", args.model, "--part", "generate", "--threads", threads, "--dtype", compute_dtype(args)])
     tokenizer = opened["tokenizer_s"]
     second = made["second"]
     return "\n".join([
@@ -186,6 +193,18 @@ def memory_section(args, stages):
         f"4 KiB: {second['large']}, of them outputs {second['large_outputs']}"
         + ("" if made["second_allocates_only_the_output"] else f"; others (bytes): {second['large_others']}"),
     ])  # fmt: skip
+
+
+def first_picture_section(args, stages):
+    """The bundled model, from the start of a process to a PNG on disk; ours alone."""
+    threads = max(args.threads)
+    told = [run([stages, "--model", EMOJI, "--part", "first", "--threads", threads]) for _ in range(9)]
+    whole = statistics.median(report["wall_s"] for report in told)
+    parts = {name: statistics.median(report["parts"][name] for report in told) for name in told[0]["parts"]}
+    return (
+        f"- the bundled model, from the start of a process to a PNG on disk ({threads} threads, its default steps, median "
+        f"of {len(told)}): {whole:.3f} s; within it " + ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in parts.items())
+    )
 
 
 def hoisting_section(args, stages):
@@ -242,8 +261,9 @@ def record(args, about, rows, memory, peak):
         f"- ours: {first_line('git', 'rev-parse', '--short', 'HEAD')}{changed}, {first_line('rustc', '--version')}",
         f"- rival: eager PyTorch {rival['torch']} ({rival['instruction_set']}, oneDNN {rival['mkldnn']}), "
         f"Python {platform.python_version()}, {about.networks}",
-        f"- method: `benches/run.py`, ours {args.dtype}, rival float32, {args.rounds} rounds of {args.repeats} passes each after a warm-up, in "
-        "turn; GFLOP/s from the minimum, by the formulas of `benches/flops.py`; a step of ours does not "
+        f"- method: `benches/run.py`, ours {args.dtype}, rival {RIVAL_DTYPES[args.dtype]}, {args.rounds} rounds of "
+        f"{args.repeats} passes each after a warm-up, in turn; GFLOP/s from the minimum, by the formulas of "
+        "`benches/flops.py`; a step of ours does not "
         "repeat what stays the same between steps, and is credited only with what it does",
         *(f"- {line}" for line in peak),
         *(
@@ -273,7 +293,7 @@ def main():
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dtype", choices=["f32", "i8"], default="f32")
+    parser.add_argument("--dtype", choices=list(RIVAL_DTYPES), default="f32")
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
 
@@ -284,15 +304,17 @@ def main():
         args.generation = found
     args.generation = args.generation or 1
     about = GENERATIONS[args.generation]
-    args.model, args.parts = args.model or about.model, args.parts or list(about.parts)
+    made = about.model.with_name(about.model.name + "-bf16") if args.dtype == "bf16" else about.model
+    args.model, args.parts = args.model or made, args.parts or list(about.parts)
     if unknown := set(args.parts) - set(about.parts):
         parser.error(f"--parts: expected some of {','.join(about.parts)}, found {','.join(sorted(unknown))}")
 
     stages = build_bench("stages")
-    ensure_model(args.model, about)
+    ensure_model(args.model, about, "bf16" if args.dtype == "bf16" else "f32")
     peak = gemm_peak()
     rows = measure(args, about, stages)
     memory = memory_section(args, stages)
+    memory += "\n" + first_picture_section(args, stages)
     if args.generation == 2:
         memory += "\n" + hoisting_section(args, stages)
     print("\n".join(["", table(rows, args.model, about), "", memory, *peak]))

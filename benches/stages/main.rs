@@ -1,7 +1,7 @@
 //! Times the stages of a v1 or v2 model through the library's own API, for `benches/run.py` to set beside PyTorch.
 //!
 //! ```text
-//! cargo bench --bench stages -- --model DIR --part text|text-b|c|b|a|hoist|open|generate [--threads N] [--repeats N]
+//! cargo bench --bench stages -- --model DIR --part text|text-b|c|b|a|hoist|open|generate|first [--threads N] [--repeats N]
 //!                                [--stage-c-steps N] [--stage-b-steps N] [--batch N] [--device cpu|cuda]
 //!                                [--dtype f32|f16|bf16|i8]
 //! ```
@@ -34,7 +34,7 @@ use wuerstchen::pipeline::{GenerateOptions, Model, ModelOptions, Progress, Stage
 use hoist::hoist;
 use inputs::{Inputs, Random, STAGE_C_GUIDANCE};
 use memory::{Memory, reset_peak};
-use whole::{generate, open_time};
+use whole::{first, generate, open_time};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -56,9 +56,10 @@ fn main() -> Outcome<()> {
         "hoist" => hoist(model, &arguments),
         "open" => open_time(model, &arguments),
         "generate" => generate(model, &arguments),
+        "first" => first(model, &arguments),
         "picture" => picture(model, &arguments),
         other => Err(format!(
-            "--part: expected text, text-b, c, b, a, picture, hoist, open or generate, found {other}"
+            "--part: expected text, text-b, c, b, a, picture, hoist, open, generate or first, found {other}"
         )
         .into()),
     }?;

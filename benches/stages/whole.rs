@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use wuerstchen::pipeline::{GenerateOptions, LogLevel, Model};
+use wuerstchen::image::from_pixels;
+use wuerstchen::pipeline::{GenerateOptions, LogLevel, Model, Stage};
 
 use super::memory::{COUNTER, Memory};
 use super::{Arguments, Bench, MIB, Outcome, STAGE_C_GUIDANCE, median, repeat, weight_bytes};
@@ -59,6 +60,35 @@ fn tokenizer_seconds(path: &Path) -> Outcome<Option<f64>> {
     let tokenizer = tokenizers::Tokenizer::from_file(file).map_err(|error| error.to_string())?;
     std::hint::black_box(tokenizer);
     Ok(Some(start.elapsed().as_secs_f64()))
+}
+
+/// The first picture of a process, part by part, to a PNG on disk. Reading the tokenizer is part of the first text.
+pub fn first(path: &Path, arguments: &Arguments) -> Outcome<Value> {
+    let mut parts = serde_json::Map::new();
+    let mut last = Instant::now();
+    let mut ends = |name: &str| {
+        let now = Instant::now();
+        parts.insert(name.to_owned(), json!((now - last).as_secs_f64()));
+        last = now;
+    };
+    let model = Model::open(path, &arguments.options()?)?;
+    ends("opening");
+    let options = GenerateOptions::new(&model)?;
+    let prompt = ["a red apple"];
+    let text = model.encode_text(Stage::C, &prompt)?;
+    let text_b = model.encode_text(Stage::B, &prompt)?;
+    ends("text");
+    let latents = model.stage_c_sample(&text, None, None, &options)?;
+    ends("Stage C");
+    let tokens = model.stage_b_sample(&latents, &text_b, None, &options)?;
+    ends("Stage B");
+    let pixels = model.stage_a_decode(&tokens)?;
+    ends("Stage A");
+    let file = std::env::temp_dir().join(format!("wuerstchen-first-{}.png", std::process::id()));
+    from_pixels(&pixels)?.write_png(&file)?;
+    ends("PNG");
+    std::fs::remove_file(file)?;
+    Ok(json!({ "who": "wuerstchen", "part": "first", "threads": arguments.threads, "parts": parts }))
 }
 
 pub fn generate(path: &Path, arguments: &Arguments) -> Outcome<Value> {
