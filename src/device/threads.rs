@@ -89,6 +89,12 @@ fn reset_rounding() {
             std::arch::asm!("ldmxcsr [{}]", in(reg) &DEFAULT_MXCSR, options(nostack, readonly));
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: zero is the control word of a new process: as above, and no other format of half precision. The rest is
+    // as above.
+    unsafe {
+        std::arch::asm!("msr fpcr, xzr", options(nomem, nostack, preserves_flags));
+    }
 }
 
 /// Runs `work` to its end on a fresh thread of ours while the caller waits.
