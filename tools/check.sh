@@ -31,10 +31,16 @@ lints_over_mpi() {
     cargo clippy --features mpi --lib --example train_ranks --test training_mpi -- -D warnings
 }
 
+lints_for_arm() {
+    has_aarch64_std || { note "skipped: no standard library for 64-bit Arm ('make test' fetches it)"; return 0; }
+    cargo clippy --lib --target aarch64-unknown-linux-gnu -- -D warnings
+}
+
 check "format (Rust)" cargo fmt --all --check
 check "format (Go)" go_is_formatted
 check "lints" cargo clippy --workspace --all-targets -- -D warnings
 check "lints (MPI)" lints_over_mpi
+check "lints (64-bit Arm)" lints_for_arm
 check "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps
 check "header" header_is_fresh
 check "layering" alone layering

@@ -66,6 +66,18 @@ find_mpi() {
     libclang_is_there || { note "fetching libclang"; apt_install libclang-dev && libclang_is_there; }
 }
 
+# find_aarch64: true when programs for 64-bit Arm can be built and run, or what that takes could be installed.
+find_aarch64() {
+    # The compiler links; what it links with is a package of its own.
+    arm_libraries_are_there() { [ -e /usr/aarch64-linux-gnu/lib/libc.so.6 ]; }
+    need qemu-aarch64 qemu-user && need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu || return 1
+    arm_libraries_are_there || { apt_install libc6-dev-arm64-cross && arm_libraries_are_there; } || return 1
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+    has_aarch64_std || rustup target add aarch64-unknown-linux-gnu >>"$build/log/rustup.log" 2>&1
+    has_aarch64_std
+}
+has_aarch64_std() { [ -d "$(rustc --print sysroot)/lib/rustlib/aarch64-unknown-linux-gnu/lib" ]; }
+
 # find_go: puts a Go of at least 1.24 on PATH, the system's or a wheel's.
 find_go() {
     go_is_new() { have go && go version | grep -Eq 'go1\.(2[4-9]|[3-9][0-9])|go[2-9]\.'; }

@@ -62,6 +62,47 @@ emulation_tests() {
         cargo test --release --lib --config "target.'cfg(unix)'.runner='$top/tools/cuda/sanitized.sh'" -- ops:: device::cuda::
 }
 
+# What has vector code of its own, and whole networks, on processors that an emulator stands for: those that have
+# only what every one of their kind has, and one with AVX2 and nothing beyond.
+other_processors() {
+    local kernels="device:: ops:: tensor:: diffusion:: nn::"
+    if [ "$(uname -m)" = x86_64 ]; then
+        if need qemu-x86_64 qemu-user; then
+            on_processor "x86-64 without AVX" Baseline qemu-x86_64 Nehalem "" $kernels
+            # Named without what qemu would warn of: no program sees it.
+            on_processor "x86-64 with AVX2" Avx2 qemu-x86_64 \
+                Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid "" $kernels
+        else
+            say "other x86-64 processors"
+            skip "other x86-64 processors: qemu is not there and could not be installed"
+        fi
+    fi
+    if [ "$(uname -m)" = aarch64 ]; then
+        return # The other tests ran on one.
+    elif find_aarch64; then
+        export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
+        on_processor "64-bit Arm" Neon qemu-aarch64 cortex-a53 --target=aarch64-unknown-linux-gnu $kernels
+        step_of "the library for 64-bit Arm" aarch64-library.log \
+            cargo build --release --target aarch64-unknown-linux-gnu
+    else
+        say "64-bit Arm"
+        skip "64-bit Arm: qemu, gcc or the standard library for it is not there and could not be had"
+    fi
+}
+
+# on_processor NAME LEVEL EMULATOR CPU OPTION FILTER...: the unit tests that match, which also see that the level of
+# vector instructions is this one, and all networks and samplers. The option is cargo's, or empty.
+on_processor() {
+    local name=$1 level=$2 emulator=$3 cpu=$4 option=$5
+    shift 5
+    say "$name, emulated"
+    local cargo=(env WST_TEST_CUDA=none WST_TEST_LEVEL="$level" cargo test --release ${option:+"$option"} --no-fail-fast
+        --config "target.'cfg(unix)'.runner=['$emulator', '-cpu', '$cpu']")
+    cargo_tests "$name" "processor-$level.log" "${cargo[@]}" --lib -- "$@"
+    cargo_tests "$name, networks" "processor-$level-networks.log" "${cargo[@]}" \
+        --test parity_networks --test parity_sampling
+}
+
 # Processes that train together. The library with MPI in it is built in the other profile, so that it does not take
 # the place of the one that is shipped.
 mpi_tests() {
@@ -189,6 +230,7 @@ say "building the library"
 if run build.log tools/build.sh; then built=yes; else built=no; fail "the build, see build/log/build.log"; fi
 rust_tests
 emulation_tests
+other_processors
 mpi_tests
 kernel_tests
 if [ $built = yes ]; then

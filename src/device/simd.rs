@@ -7,22 +7,32 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// Instruction sets that kernels are compiled for, poorest first.
+/// Instruction sets that kernels are compiled for, poorest first. No processor has all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// Whatever the target always has: SSE2 on x86-64. No fused multiply-add.
     Baseline = 1,
+    /// NEON, which every 64-bit Arm processor has, fused multiply-add included.
+    Neon = 2,
     /// AVX2, FMA and F16C.
-    Avx2 = 2,
+    Avx2 = 3,
     /// AVX-512 F, VL, BW and DQ beside [`Level::Avx2`].
-    Avx512 = 3,
+    Avx512 = 4,
 }
+
+/// The levels of this kind of processor, poorest first.
+#[cfg(target_arch = "x86_64")]
+const LEVELS: &[Level] = &[Level::Baseline, Level::Avx2, Level::Avx512];
+#[cfg(target_arch = "aarch64")]
+const LEVELS: &[Level] = &[Level::Baseline, Level::Neon];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+const LEVELS: &[Level] = &[Level::Baseline];
 
 impl Level {
     /// Every level that this processor has.
     pub fn available() -> impl Iterator<Item = Level> {
         let best = detect();
-        [Level::Baseline, Level::Avx2, Level::Avx512].into_iter().filter(move |&level| level <= best)
+        LEVELS.iter().copied().filter(move |&level| level <= best)
     }
 }
 
@@ -37,8 +47,9 @@ pub fn level() -> Level {
     }
     match LEVEL.load(Ordering::Relaxed) {
         1 => Level::Baseline,
-        2 => Level::Avx2,
-        3 => Level::Avx512,
+        2 => Level::Neon,
+        3 => Level::Avx2,
+        4 => Level::Avx512,
         _ => {
             let level = detect();
             LEVEL.store(level as u8, Ordering::Relaxed);
@@ -47,10 +58,12 @@ pub fn level() -> Level {
     }
 }
 
-/// Lowers the level of the whole process to `most`, for benchmarks and tests. Call it between runs only.
+/// Lowers the level of the whole process to the best that is not above `most`, for benchmarks and tests. Call it
+/// between runs only.
 #[doc(hidden)]
 pub fn limit(most: Level) {
-    LEVEL.store(detect().min(most) as u8, Ordering::Relaxed);
+    let level = Level::available().take_while(|&level| level <= most).last().unwrap_or(Level::Baseline);
+    LEVEL.store(level as u8, Ordering::Relaxed);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -69,7 +82,12 @@ fn detect() -> Level {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Level {
+    Level::Neon
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Level {
     Level::Baseline
 }
@@ -118,6 +136,8 @@ macro_rules! simd_dispatch {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::device::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                $crate::device::simd::Level::Neon => dispatched::<true>($($arg),*),
                 _ => dispatched::<false>($($arg),*),
             }
         }
@@ -316,7 +336,12 @@ pub fn prefetch<T>(address: *const T) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch never faults and changes nothing but caches.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;
 }
 
@@ -329,7 +354,12 @@ pub fn prefetch_to_write<T>(address: *const T) {
         use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_ET0>(address.cast());
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as in `prefetch`.
+    unsafe {
+        std::arch::asm!("prfm pstl1keep, [{}]", in(reg) address, options(nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;
 }
 
@@ -343,6 +373,8 @@ pub fn multiply_add_rounds(steps: usize) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the level was detected.
         Level::Avx2 => unsafe { rounds_avx2(steps) },
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => rounds_neon(steps),
         _ => {
             let mut sums = [1f32; 32];
             for _ in 0..steps * 12 {
@@ -388,6 +420,22 @@ fn rounds_avx2(steps: usize) {
         }
     }
     std::hint::black_box(sums);
+}
+
+#[cfg(target_arch = "aarch64")]
+fn rounds_neon(steps: usize) {
+    use std::arch::aarch64::*;
+    // SAFETY: NEON is part of the target.
+    unsafe {
+        let (factor, term) = (vdupq_n_f32(std::hint::black_box(0.999)), vdupq_n_f32(1e-6));
+        let mut sums = [factor; 24];
+        for _ in 0..steps * 4 {
+            for sum in &mut sums {
+                *sum = vfmaq_f32(term, *sum, factor);
+            }
+        }
+        std::hint::black_box(sums);
+    }
 }
 
 #[cfg(test)]
@@ -450,6 +498,17 @@ pub(crate) mod tests {
             1.0 - (-a * a).exp() / (a + tail) / std::f64::consts::PI.sqrt()
         };
         value.copysign(x)
+    }
+
+    /// `WST_TEST_LEVEL` is set where an emulator stands for another processor: it must be one.
+    #[test]
+    fn the_level_is_that_of_the_processor() {
+        let levels: Vec<_> = Level::available().collect();
+        assert!(levels.is_sorted() && levels.first() == Some(&Level::Baseline));
+        assert_eq!(levels.last(), Some(&detect()));
+        if let Ok(expected) = std::env::var("WST_TEST_LEVEL") {
+            assert_eq!(format!("{:?}", level()), expected);
+        }
     }
 
     #[test]

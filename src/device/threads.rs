@@ -89,6 +89,12 @@ fn reset_rounding() {
             std::arch::asm!("ldmxcsr [{}]", in(reg) &DEFAULT_MXCSR, options(nostack, readonly));
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: zero is the control word of a new process: as above, and no other format of half precision. The rest is
+    // as above.
+    unsafe {
+        std::arch::asm!("msr fpcr, xzr", options(nomem, nostack, preserves_flags));
+    }
 }
 
 /// Runs `work` to its end on a fresh thread of ours while the caller waits.
@@ -449,5 +455,22 @@ mod tests {
         pool.parallel(4, &|_| {}).unwrap();
         let error = run_apart(|| -> Result<()> { panic!("on purpose") }).unwrap_err();
         assert!(error.to_string().contains("on purpose"), "{error}");
+    }
+
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    #[test]
+    fn the_rounding_of_the_caller_does_not_reach_our_threads() {
+        unsafe extern "C" {
+            fn fesetround(mode: libc::c_int) -> libc::c_int;
+        }
+        let upward = if cfg!(target_arch = "x86_64") { 0x800 } else { 0x40_0000 };
+        let sum = || std::hint::black_box(1f32) + std::hint::black_box(1e-10);
+        let caller = std::thread::spawn(move || {
+            // SAFETY: a mode that C's fenv.h names, on a thread that ends here.
+            assert_eq!(unsafe { fesetround(upward) }, 0);
+            (sum(), run_apart(|| Ok(sum())).unwrap())
+        });
+        let (above, ours) = caller.join().unwrap();
+        assert!(above > 1.0 && ours == 1.0, "{above} {ours}");
     }
 }

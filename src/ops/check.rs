@@ -181,7 +181,7 @@ pub fn activation(activation: Activation, x: f64) -> f64 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Gelu => {
             // Phi by Simpson's rule over the density from 0.
-            let (steps, density) = (2000, |t: f64| (-t * t / 2.0).exp());
+            let (steps, density) = (200, |t: f64| (-t * t / 2.0).exp());
             let h = x / f64::from(steps);
             let sum: f64 = (0..steps)
                 .map(|i| {

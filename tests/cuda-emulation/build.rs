@@ -1,5 +1,5 @@
-//! Builds the three libraries with the machine's C++ compiler. Without one the crate still builds, and says so when
-//! it is used.
+//! Builds the three libraries with the machine's C++ compiler. Without one, or for another machine, the crate still
+//! builds, and says so when it is used.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -41,6 +41,10 @@ fn main() -> Result<(), Failure> {
 }
 
 fn build() -> Result<(), Failure> {
+    // The compiler that kernels meet at run time is this machine's.
+    if env::var("TARGET")? != env::var("HOST")? {
+        return Err("it is for the machine that builds it".into());
+    }
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let (folder, include) = (out.join("lib"), out.join("include"));
     fs::create_dir_all(&folder)?;

@@ -18,6 +18,8 @@ mod kernel_avx2;
 mod kernel_avx512;
 mod kernel_baseline;
 mod many_rows;
+#[cfg(target_arch = "aarch64")]
+mod kernel_neon;
 mod matrix;
 mod plan;
 mod serial;
@@ -150,6 +152,11 @@ macro_rules! with_kernel {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => {
                 type $kernel = $crate::device::gemm::kernel_avx2::Avx2;
+                $body
+            }
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => {
+                type $kernel = $crate::device::gemm::kernel_neon::Neon;
                 $body
             }
             _ => {

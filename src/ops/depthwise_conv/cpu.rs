@@ -57,23 +57,22 @@ impl<const FMA: bool> Vector for One<FMA> {
     }
 }
 
-/// [`Vector`] over the registers of x86-64.
-#[cfg(target_arch = "x86_64")]
+/// [`Vector`] over a register of this module's processor.
 macro_rules! vector {
     ($type:ident, $width:literal, $load:ident, $store:ident, |$a:ident, $b:ident, $c:ident| $mul_add:expr) => {
-        impl Vector for std::arch::x86_64::$type {
+        impl Vector for arch::$type {
             const WIDTH: usize = $width;
 
             #[inline(always)]
             unsafe fn load(from: *const f32) -> Self {
                 // SAFETY: the caller's.
-                unsafe { std::arch::x86_64::$load(from) }
+                unsafe { arch::$load(from) }
             }
 
             #[inline(always)]
             unsafe fn store(self, to: *mut f32) {
                 // SAFETY: the caller's.
-                unsafe { std::arch::x86_64::$store(to, self) }
+                unsafe { arch::$store(to, self) }
             }
 
             #[inline(always)]
@@ -88,11 +87,19 @@ macro_rules! vector {
 #[cfg(target_arch = "x86_64")]
 mod registers {
     use super::Vector;
-    use std::arch::x86_64::{_mm_add_ps, _mm_mul_ps, _mm256_fmadd_ps, _mm512_fmadd_ps};
+    use std::arch::x86_64 as arch;
 
-    vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, |a, b, c| _mm512_fmadd_ps(a, b, c));
-    vector!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, |a, b, c| _mm256_fmadd_ps(a, b, c));
-    vector!(__m128, 4, _mm_loadu_ps, _mm_storeu_ps, |a, b, c| _mm_add_ps(_mm_mul_ps(a, b), c));
+    vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, |a, b, c| arch::_mm512_fmadd_ps(a, b, c));
+    vector!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, |a, b, c| arch::_mm256_fmadd_ps(a, b, c));
+    vector!(__m128, 4, _mm_loadu_ps, _mm_storeu_ps, |a, b, c| arch::_mm_add_ps(arch::_mm_mul_ps(a, b), c));
+}
+
+#[cfg(target_arch = "aarch64")]
+mod registers {
+    use super::Vector;
+    use std::arch::aarch64 as arch;
+
+    vector!(float32x4_t, 4, vld1q_f32, vst1q_f32, |a, b, c| arch::vfmaq_f32(c, a, b));
 }
 
 /// What follows the convolution.
@@ -296,12 +303,12 @@ macro_rules! per_register {
                 // SAFETY: as above.
                 Level::Avx2 => unsafe { avx2($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
-                Level::Baseline => $body::<false, std::arch::x86_64::__m128>($($arg),*),
+                _ => $body::<false, std::arch::x86_64::__m128>($($arg),*),
+                #[cfg(target_arch = "aarch64")]
+                Level::Neon => $body::<true, std::arch::aarch64::float32x4_t>($($arg),*),
+                // Without registers of ours the compiler makes what it can of single floats.
                 #[cfg(not(target_arch = "x86_64"))]
-                _ => $body::<
-                    { cfg!(target_arch = "aarch64") },
-                    $crate::ops::depthwise_conv::cpu::One<{ cfg!(target_arch = "aarch64") }>,
-                >($($arg),*),
+                _ => $body::<false, $crate::ops::depthwise_conv::cpu::One<false>>($($arg),*),
             }
         }
     };
