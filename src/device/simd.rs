@@ -339,7 +339,7 @@ pub fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "aarch64")]
     // SAFETY: a prefetch never faults and changes nothing but caches.
     unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nomem, nostack, preserves_flags));
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(readonly, nostack, preserves_flags));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;
@@ -357,7 +357,7 @@ pub fn prefetch_to_write<T>(address: *const T) {
     #[cfg(target_arch = "aarch64")]
     // SAFETY: as in `prefetch`.
     unsafe {
-        std::arch::asm!("prfm pstl1keep, [{}]", in(reg) address, options(nomem, nostack, preserves_flags));
+        std::arch::asm!("prfm pstl1keep, [{}]", in(reg) address, options(readonly, nostack, preserves_flags));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;

@@ -17,9 +17,9 @@ mod kernel_avx2;
 #[cfg(target_arch = "x86_64")]
 mod kernel_avx512;
 mod kernel_baseline;
-mod many_rows;
 #[cfg(target_arch = "aarch64")]
 mod kernel_neon;
+mod many_rows;
 mod matrix;
 mod plan;
 mod serial;
