@@ -1,6 +1,7 @@
 //! One tile of a product, in whichever instructions the processor has for it; and how numbers are quantised.
 
 use super::{COLUMNS, GROUP, ROWS};
+#[cfg(target_arch = "x86_64")]
 use crate::device::simd::{self, Level};
 use crate::simd_dispatch;
 
