@@ -5,7 +5,7 @@
 //! numbers are exact, so an element of C = (acc - 128 sum of q_w) s_a s_w has the same bits whatever the order, the
 //! threads, the batch and the instructions are; terms are added in their order.
 //!
-//! A and B lie in the same way for every kernel: [`ROWS`] rows, and [`COLUMNS`] outputs, of [`GROUP`] values of k one
+//! A and B lie in the same way for every kernel: `ROWS` rows, and `COLUMNS` outputs, of `GROUP` values of k one
 //! after the other. So the instructions may change between two calls and packed weights stay what they are.
 
 mod activations;

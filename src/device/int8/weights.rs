@@ -18,7 +18,7 @@ const RUN: usize = 256;
 /// What activations have too much: see [`super`].
 const BIAS: i32 = 128;
 
-/// Quantised weights of a product, outputs in panels of [`COLUMNS`]: group after group of [`GROUP`] values of each
+/// Quantised weights of a product, outputs in panels of `COLUMNS`: group after group of `GROUP` values of each
 /// output, then the outputs' scales, then 128 times the sums of their quantised weights.
 #[derive(Debug)]
 pub struct Packed {
