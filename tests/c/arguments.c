@@ -140,7 +140,7 @@ static void tensors(void) {
     const int64_t shape[] = {2, 3};
     const float values[] = {1, 2, 3, 4, 5, 6};
     const int64_t negative[] = {2, -3}, absurd[] = {INT64_MAX, 2}, huge[] = {INT64_C(1) << 40}, none[] = {0, 5};
-    INVALID("dtype", wst_tensor_new(5, shape, 2, values, &tensor, &error));
+    INVALID("dtype", wst_tensor_new(6, shape, 2, values, &tensor, &error));
     CHECK(tensor == NULL);
     INVALID("WST_F32 (0)", wst_tensor_new(-1, shape, 2, values, &tensor, &error));
     INVALID("rank", wst_tensor_new(WST_F32, shape, 7, values, &tensor, &error));
