@@ -490,14 +490,20 @@ wst_status wst_model_options_set_threads(wst_model_options *options,
                                          wst_error **error);
 
 /**
- * The type of activations: on the CPU WST_F32; on a GPU WST_BF16 (default from compute capability 8.0 on), WST_F16
- * (default before it) or WST_F32. Sums are always in F32. What the device lacks is WST_UNSUPPORTED when a model is
- * opened.
+ * The type in which the networks compute, whatever the weights are stored in. Sums are always in F32. What the device
+ * lacks is WST_UNSUPPORTED when a model is opened.
  *
- * WST_I8, of the CPU alone: activations stay WST_F32, but the factors of the matrix products in the blocks of Stages B
- * and C are rounded to eight bits (weights by output, once, when they are used first; activations by row). Faster, in
- * a quarter of the memory for those weights, and a little less exact: the same seed gives a slightly different picture.
- * Training with such a model computes in WST_F32.
+ * On a GPU, the type of activations: WST_BF16 (default from compute capability 8.0 on), WST_F16 (default before it) or
+ * WST_F32.
+ *
+ * On the CPU activations are WST_F32, and this is the type of the factors of matrix products:
+ * WST_F32 (default);
+ * WST_BF16: of all products. Nearly twice as fast where the processor has fast instructions for it (AMD's with AVX-512
+ * BF16); elsewhere the same as WST_F32;
+ * WST_I8: of those in the blocks of Stages B and C, rounded to eight bits (weights by output, once, when they are used
+ * first; activations by row), others as with WST_BF16. Faster still, in a quarter of the memory for those weights, and a
+ * little less exact: the same seed gives a slightly different picture.
+ * Training with such a model computes as its own options say.
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.
@@ -1292,7 +1298,8 @@ wst_status wst_train_options_set_seed(wst_train_options *options, uint64_t seed,
 
 /**
  * What the weights are rounded to for computing: WST_F32 (default), WST_F16 or WST_BF16. The optimiser keeps WST_F32,
- * and so do activations and gradients.
+ * and so do activations and gradients; on a GPU, and with WST_BF16 on a CPU that is fast at it (AMD with AVX-512 BF16),
+ * those are rounded likewise where they are factors of matrix products, which makes a step faster.
  *
  * Owner: nothing changes hands.
  * Threads: one at a time per options.

@@ -3,7 +3,7 @@
 #     tools/profile.sh                    the bundled model
 #     tools/profile.sh --full-size 1|2    random weights at the published size, made under build/ if they are not there
 #     tools/profile.sh --model DIR        any model folder
-# What follows are options of benches/profile, such as --parts c,b --threads 1 --steps 8. `make profile` takes all of it
+# What follows are options of benches/profile, such as --parts c,b --threads 1 --dtype i8. `make profile` takes all of it
 # as PROFILE="--full-size 1 --parts c".
 set -eu
 . "$(dirname "$0")/common.sh"

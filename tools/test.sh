@@ -36,15 +36,47 @@ counted() {
 rust_tests() {
     say "Rust"
     # The library's own profile: what is tested is what is shipped, and it is built once.
-    cargo_tests Rust cargo.log cargo test --release --no-fail-fast
+    local cargo=(cargo test --release --no-fail-fast)
+    if ! run cargo-build.log "${cargo[@]}" --no-run; then
+        fail "the build of the tests, see build/log/cargo-build.log"
+        return
+    fi
+    # Kernels on the emulation of CUDA run one after the other, so each of those programs leaves cores to the others.
+    local name i=0 others=() halves=("" "") cuda=()
+    for name in tests/*.rs; do
+        name=$(basename "$name" .rs)
+        case $name in
+        cuda_*) halves[i]+=" --test $name" i=$((1 - i)) ;;
+        training_mpi) ;;
+        *) others+=(--test "$name") ;;
+        esac
+    done
+    for i in 0 1; do
+        # shellcheck disable=SC2086 # several words are meant
+        timeout "$LONGEST" "${cargo[@]}" ${halves[i]} >"$build/log/cargo-cuda-$i.log" 2>&1 &
+        cuda[i]=$!
+    done
+    cargo_tests Rust cargo.log "${cargo[@]}" --lib --bins --examples "${others[@]}"
+    cargo_tests "examples of the documentation" cargo-doc.log "${cargo[@]}" --doc
+    say "Rust on the emulation of CUDA"
+    for i in 0 1; do
+        wait "${cuda[i]}"
+        cargo_results "Rust on the emulation of CUDA" "cargo-cuda-$i.log" $?
+        cat "$build/log/cargo-cuda-$i.log"
+    done
 }
 
 # cargo_tests NAME LOG COMMAND...: counts what the test programs say. A program that hangs is a failure in the end.
 cargo_tests() {
-    local name=$1 log=$2 results=${2%.log}-results.log
+    local name=$1 log=$2
     shift 2
     run "$log" timeout "$LONGEST" "$@"
-    local status=$?
+    cargo_results "$name" "$log" $?
+}
+
+# cargo_results NAME LOG STATUS
+cargo_results() {
+    local name=$1 log=$2 status=$3 results=${2%.log}-results.log
     grep -E '^test result:' "$build/log/$log" >"$build/log/$results"
     counted "$name" "$log" $status "$(sum "$results" passed)" "$(sum "$results" failed)" "$(sum "$results" ignored)"
 }
@@ -62,8 +94,8 @@ emulation_tests() {
         cargo test --release --lib --config "target.'cfg(unix)'.runner='$top/tools/cuda/sanitized.sh'" -- ops:: device::cuda::
 }
 
-# What has vector code of its own, and whole networks, on processors that an emulator stands for: those that have
-# only what every one of their kind has, and one with AVX2 and nothing beyond.
+# What has vector code of its own, and whole networks, on processors that an emulator stands for: x86-64 with what every
+# one of its kind has, with AVX2 and nothing beyond, and 64-bit Arm.
 other_processors() {
     local kernels="device:: ops:: tensor:: diffusion:: nn::"
     if [ "$(uname -m)" = x86_64 ]; then
@@ -81,7 +113,8 @@ other_processors() {
         return # The other tests ran on one.
     elif find_aarch64; then
         export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
-        on_processor "64-bit Arm" Neon qemu-aarch64 cortex-a53 --target=aarch64-unknown-linux-gnu $kernels
+        # One that has dot products: those who lack them take a loop that every processor is tested with.
+        on_processor "64-bit Arm" Neon qemu-aarch64 neoverse-n1 --target=aarch64-unknown-linux-gnu $kernels
         step_of "the library for 64-bit Arm" aarch64-library.log \
             cargo build --release --target aarch64-unknown-linux-gnu
     else

@@ -60,8 +60,9 @@ type DType int32
 
 // The types of numbers that a model can compute in.
 const (
-	Float32  DType = C.WST_F32
-	Float16  DType = C.WST_F16
+	Float32 DType = C.WST_F32
+	Float16 DType = C.WST_F16
+	// BFloat16: on the CPU, of the factors of products.
 	BFloat16 DType = C.WST_BF16
 	// Int8, of the CPU alone: products in the blocks of Stages B and C have factors of eight bits.
 	Int8 DType = C.WST_I8

@@ -20,8 +20,13 @@ const HUGE_BLOCK: usize = 4 << 20;
 /// Alignment of such blocks: one huge page.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A pooled block serves a request of at least this share of its size, so that little of it lies idle.
-const REUSE_SHARE: f64 = 0.75;
+/// A pooled block of this kind serves a request of at least this share of its size. What it leaves idle is there anyway; a
+/// smaller share would let small requests drive large ones to blocks of their own.
+const REUSE_SHARE: f64 = 0.25;
+
+/// Smaller blocks have one of so many sizes between a power of two and the next, and serve requests of their size only:
+/// then the same work, done again, finds every block that it needs.
+const SIZES_PER_OCTAVE: usize = 8;
 
 /// The raw allocation: initialised from the start, freed on drop.
 #[derive(Debug)]
@@ -55,7 +60,15 @@ impl Block {
 
     /// The size of a block for `bytes` bytes: whole cache lines, at least one.
     fn capacity_for(bytes: usize) -> Option<usize> {
-        bytes.max(1).checked_next_multiple_of(ALIGNMENT)
+        let whole_lines = bytes.max(1).checked_next_multiple_of(ALIGNMENT)?;
+        let step = ((1 << whole_lines.ilog2()) / SIZES_PER_OCTAVE).max(ALIGNMENT);
+        Some(if whole_lines < HUGE_BLOCK { whole_lines.next_multiple_of(step) } else { whole_lines })
+    }
+
+    /// Whether it is to serve a request for which a block of its own would have `wanted` bytes.
+    fn serves(&self, wanted: usize) -> bool {
+        let large = wanted >= HUGE_BLOCK && self.capacity > wanted;
+        self.capacity == wanted || large && wanted as f64 >= REUSE_SHARE * self.capacity as f64
     }
 
     fn alignment(capacity: usize) -> usize {
@@ -134,14 +147,13 @@ impl Pool {
     /// # Errors
     /// `OutOfMemory`, naming `what`. The pool frees what it holds and tries again before it gives up.
     pub fn take(self: &Arc<Self>, what: &str, bytes: usize) -> Result<Buffer> {
-        // What a block of its own would have: a few bytes must not look small beside the smallest block.
-        let wanted = Block::capacity_for(bytes).ok_or_else(|| Error::out_of_memory(what, bytes))? as f64;
+        let wanted = Block::capacity_for(bytes).ok_or_else(|| Error::out_of_memory(what, bytes))?;
         let reused = {
             let mut free = self.lock();
             let best = free
                 .iter()
                 .enumerate()
-                .filter(|(_, b)| b.capacity >= bytes && wanted >= REUSE_SHARE * b.capacity as f64)
+                .filter(|(_, block)| block.serves(wanted))
                 .min_by_key(|(_, b)| b.capacity)
                 .map(|(i, _)| i);
             best.map(|i| free.swap_remove(i))
@@ -198,6 +210,43 @@ mod tests {
         for bytes in [0, 1, 10, 64] {
             assert_eq!(pool.take("test", bytes).unwrap().bytes().as_ptr(), address, "{bytes} bytes");
         }
+    }
+
+    #[test]
+    fn a_large_block_serves_much_smaller_requests() {
+        let pool = Arc::new(Pool::default());
+        drop(pool.take("test", 64 << 20).unwrap());
+        let idle = pool.idle_bytes();
+        let smaller = pool.take("test", 16 << 20).unwrap();
+        assert_eq!(pool.idle_bytes(), 0);
+        drop(smaller);
+        let small = pool.take("test", 15 << 20).unwrap();
+        assert_eq!(pool.idle_bytes(), idle);
+        drop(small);
+        // Of several, the one that leaves the least idle.
+        drop(pool.take("test", 14 << 20).unwrap());
+        assert_eq!(pool.idle_bytes(), idle + (15 << 20));
+    }
+
+    #[test]
+    fn the_same_work_again_needs_nothing_new() {
+        // Requests that overlap: one of nearly the same size must not take what a later one will miss.
+        let sizes = [4352, 5440, 4352, 5000, 200_000, 190_000, 3 << 20, 70];
+        let pool = Arc::new(Pool::default());
+        let work = |held: usize| {
+            let mut buffers = std::collections::VecDeque::new();
+            for bytes in sizes.into_iter().cycle().take(40) {
+                buffers.push_back(pool.take("test", bytes).unwrap());
+                if buffers.len() > held {
+                    buffers.pop_front();
+                }
+            }
+        };
+        work(3);
+        let idle = pool.idle_bytes();
+        work(3);
+        work(2);
+        assert_eq!(pool.idle_bytes(), idle);
     }
 
     #[test]

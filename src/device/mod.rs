@@ -31,8 +31,18 @@ use threads::ThreadPool;
 #[derive(Debug, Clone)]
 pub struct Device {
     inner: Arc<Inner>,
-    /// Of a CPU that may compute in eight bits.
-    quantised: Option<Arc<QuantisedWeights>>,
+    products: Products,
+}
+
+/// What the CPU rounds the factors of products to. Sums are in f32, of eight bits in whole numbers.
+#[derive(Debug, Clone)]
+enum Products {
+    /// Nothing.
+    F32,
+    /// bf16, where the processor has instructions for it.
+    Bf16,
+    /// Eight bits where [`Context::quantised`] says so, with the weights that are kept so; elsewhere as [`Products::Bf16`].
+    EightBits(Arc<QuantisedWeights>),
 }
 
 #[derive(Debug)]
@@ -66,19 +76,29 @@ impl Device {
         };
         let inner =
             Inner { threads: ThreadPool::new(threads)?, pool: Arc::new(Pool::default()), accelerator };
-        Ok(Device { inner: Arc::new(inner), quantised: None })
+        Ok(Device { inner: Arc::new(inner), products: Products::F32 })
     }
 
-    /// The CPU, where products of [`Context::quantised`] are computed in eight bits.
+    /// The CPU, where the factors of products are rounded to bf16 if it has instructions for that
+    /// ([`gemm::multiplies_bf16`]); else as [`Device::cpu`].
+    ///
+    /// # Errors
+    /// As [`Device::cpu`].
+    pub fn cpu_in_bf16(threads: usize) -> Result<Self> {
+        Ok(Device { products: Products::Bf16, ..Self::cpu(threads)? })
+    }
+
+    /// The CPU, where products of [`Context::quantised`] are computed in eight bits, and others as
+    /// [`Device::cpu_in_bf16`] does.
     ///
     /// # Errors
     /// As [`Device::cpu`].
     pub fn cpu_in_eight_bits(threads: usize) -> Result<Self> {
-        Ok(Device { quantised: Some(Arc::default()), ..Self::cpu(threads)? })
+        Ok(Device { products: Products::EightBits(Arc::default()), ..Self::cpu(threads)? })
     }
 
-    /// The device as training needs it: a GPU that keeps activations in F32 and rounds factors of products to `factors`,
-    /// with streams and weights of its own. The CPU computes in F32.
+    /// The device as training needs it: one that keeps activations in F32 and rounds factors of products to `factors`. A
+    /// GPU with streams and weights of its own; the CPU as [`Device::cpu_in_bf16`] or in F32.
     ///
     /// # Errors
     /// `OutOfMemory` if threads cannot be started.
@@ -88,17 +108,24 @@ impl Device {
                 let accelerator = Accelerator::new(on.gpu().clone(), Precision::F32).with_factors(factors);
                 Self::cuda(accelerator, self.threads())
             }
-            _ => Ok(Device { quantised: None, ..self.clone() }),
+            _ => {
+                let products = if factors == Precision::BF16 { Products::Bf16 } else { Products::F32 };
+                Ok(Device { products, ..self.clone() })
+            }
         }
     }
 
     /// For a log: the GPU or the CPU, and its threads.
     pub fn describe(&self) -> String {
         let threads = self.threads();
-        match self.accelerator() {
-            None if self.quantised.is_some() => format!("{threads} CPU threads, in eight bits"),
-            None => format!("{threads} CPU threads"),
-            Some(on) => format!("{:?} in {:?}, with {threads} CPU threads", on.gpu(), on.precision()),
+        match (self.accelerator(), &self.products) {
+            (Some(on), _) => format!("{:?} in {:?}, with {threads} CPU threads", on.gpu(), on.precision()),
+            (None, Products::F32) => format!("{threads} CPU threads"),
+            (None, Products::Bf16) if gemm::multiplies_bf16() => format!("{threads} CPU threads, in BF16"),
+            (None, Products::Bf16) => {
+                format!("{threads} CPU threads, in F32 for want of instructions for BF16")
+            }
+            (None, Products::EightBits(_)) => format!("{threads} CPU threads, in eight bits"),
         }
     }
 
@@ -127,7 +154,15 @@ impl Device {
 
     /// The weights that it keeps in eight bits, if it does.
     pub fn quantised_weights(&self) -> Option<&QuantisedWeights> {
-        self.quantised.as_deref()
+        match &self.products {
+            Products::EightBits(weights) => Some(weights),
+            Products::F32 | Products::Bf16 => None,
+        }
+    }
+
+    /// Whether factors of products are rounded to bf16, if the processor has instructions for that.
+    pub fn rounds_factors(&self) -> bool {
+        !matches!(self.products, Products::F32)
     }
 }
 

@@ -58,6 +58,19 @@ pub fn level() -> Level {
     }
 }
 
+/// Whether the processor has AVX-512 BF16 and multiplies bf16 faster with it than f32. AMD's do, at twice the rate. By their
+/// published throughput Intel's do not: what is fast there is AMX, which stable Rust cannot reach.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn fast_bf16() -> bool {
+    // Asking costs a virtual machine a trip to its host.
+    static FAST: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *FAST.get_or_init(|| {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        let words = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        is_x86_feature_detected!("avx512bf16") && words.as_flattened() == b"AuthenticAMD"
+    })
+}
+
 /// Lowers the level of the whole process to the best that is not above `most`, for benchmarks and tests. Call it
 /// between runs only.
 #[doc(hidden)]
@@ -191,41 +204,36 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
     if x > EXP_MOST { f32::INFINITY } else { value }
 }
 
-/// Minimax fit of erf(x)/x - 1 in x^2 for |x| < 1; error 1.2e-9.
+/// Minimax fit of erf(x)/x for |x| < 3.92, as a quotient of polynomials in x^2; relative error 5.3e-8.
 #[allow(clippy::excessive_precision)]
-const ERF_SMALL: [f32; 7] = [
-    1.283_791_659e-1,
-    -3.761_262_714e-1,
-    1.128_360_017e-1,
-    -2.685_444_45e-2,
-    5.189_535_161e-3,
-    -8.020_839_689e-4,
-    7.889_114_217e-5,
+const ERF_ABOVE: [f32; 6] = [
+    1.128_379_225_7,
+    1.879_488_825_8e-1,
+    5.237_885_937_1e-2,
+    3.651_642_240_6e-3,
+    2.808_837_452_9e-4,
+    2.048_031_774_4e-6,
 ];
-/// Minimax fit of ln(erfc(x)) for 1 <= x <= 3.95, weighted by erfc(x); weighted error 2.1e-11.
 #[allow(clippy::excessive_precision)]
-const ERFC_LOG: [f32; 8] = [
-    1.880_389_433e-4,
-    -1.129_578_419,
-    -6.332_199_039e-1,
-    -1.084_185_662e-1,
-    2.520_825_002e-2,
-    -4.204_559_487e-3,
-    4.413_359_154e-4,
-    -2.168_681_246e-5,
-];
+const ERF_BELOW: [f32; 6] =
+    [1.0, 4.998_984_932_9e-1, 1.130_537_986_8e-1, 1.473_719_999_2e-2, 1.132_507_459_3e-3, 3.786_564_411_7e-5];
 /// From here on erf rounds to 1.
-const ERF_ONE: f32 = 3.95;
+const ERF_ONE: f32 = 3.92;
 
-/// erf(x) = 2/sqrt(pi) * integral of e^(-t^2) from 0 to x. Relative error below 1.5e-7.
+/// The number itself between `-limit` and `limit`, the nearer of them elsewhere; NaN for NaN.
+#[inline(always)]
+fn limited(x: f32, limit: f32) -> f32 {
+    let x = if x > limit { limit } else { x };
+    if x < -limit { -limit } else { x }
+}
+
+/// erf(x) = 2/sqrt(pi) * integral of e^(-t^2) from 0 to x. Relative error below 5e-7.
 #[inline(always)]
 pub fn erf<const FMA: bool>(x: f32) -> f32 {
-    let size = x.abs();
-    let small = fma::<FMA>(x, polynomial::<FMA, 7>(x * x, ERF_SMALL), x);
-    let clamped = if size > ERF_ONE { ERF_ONE } else { size };
-    let large = (1.0 - exp::<FMA>(polynomial::<FMA, 8>(clamped, ERFC_LOG))).copysign(x);
-    // For NaN the comparison fails and `large` is NaN.
-    if size < 1.0 { small } else { large }
+    let x = limited(x, ERF_ONE);
+    let square = x * x;
+    let quotient = polynomial::<FMA, 6>(square, ERF_ABOVE) / polynomial::<FMA, 6>(square, ERF_BELOW);
+    limited(x * quotient, 1.0)
 }
 
 /// 1 / (1 + e^-x).
@@ -385,6 +393,22 @@ pub fn multiply_add_rounds(steps: usize) {
     }
 }
 
+/// As [`multiply_add_rounds`], of 768 multiply-adds of factors in bf16.
+///
+/// # Panics
+/// If the processor has no instructions for them.
+#[doc(hidden)]
+pub fn multiply_add_bf16_rounds(steps: usize) {
+    assert!(super::gemm::multiplies_bf16());
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instructions were detected.
+    unsafe {
+        rounds_bf16(steps)
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = steps;
+}
+
 /// Processor time that all threads of the process have used, in seconds, for benchmarks on busy machines.
 #[doc(hidden)]
 pub fn processor_seconds() -> f64 {
@@ -403,6 +427,21 @@ fn rounds_avx512(steps: usize) {
     for _ in 0..steps {
         for sum in &mut sums {
             *sum = _mm512_fmadd_ps(*sum, factor, term);
+        }
+    }
+    std::hint::black_box(sums);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounds_bf16(steps: usize) {
+    use std::arch::x86_64::*;
+    let factor = _mm512_set1_ps(std::hint::black_box(0.5));
+    let factor = _mm512_cvtne2ps_pbh(factor, factor);
+    let mut sums = [_mm512_setzero_ps(); 24];
+    for _ in 0..steps {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, factor, factor);
         }
     }
     std::hint::black_box(sums);
@@ -524,7 +563,8 @@ pub(crate) mod tests {
                 let relative = [(d.exp(), got[0]), (erf_f64(d), got[1]), (s(d), got[2]), (d.tanh(), got[3])];
                 for (i, (want, got)) in relative.into_iter().enumerate() {
                     let error = ((got as f64 - want) / want).abs();
-                    assert!(error < 2.5e-7, "{level:?} function {i} of {x}: {got} for {want}, {error:e}");
+                    let bound = if i == 1 { 5e-7 } else { 2.5e-7 };
+                    assert!(error < bound, "{level:?} function {i} of {x}: {got} for {want}, {error:e}");
                 }
                 let absolute = [(gelu, got[4]), (d * s(1.702 * d), got[5]), (d * s(d), got[6])];
                 for (i, (want, got)) in absolute.into_iter().enumerate() {

@@ -80,8 +80,8 @@ impl DeviceOptions {
     }
 
     fn cpu(&self) -> Result<Device> {
-        if let Some(dtype @ (DType::F16 | DType::BF16)) = self.dtype {
-            let reason = "the CPU computes in F32 (weights stay in their stored type)";
+        if let Some(dtype @ DType::F16) = self.dtype {
+            let reason = "the CPU computes in F32, BF16 or I8 (weights stay in their stored type)";
             return Err(Error::unsupported(format!("compute_dtype {dtype}"), reason));
         }
         if self.stream != 0 {
@@ -89,6 +89,7 @@ impl DeviceOptions {
         }
         match self.dtype {
             Some(DType::I8) => Device::cpu_in_eight_bits(self.threads),
+            Some(DType::BF16) => Device::cpu_in_bf16(self.threads),
             _ => Device::cpu(self.threads),
         }
     }

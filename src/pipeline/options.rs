@@ -150,16 +150,23 @@ impl ModelOptions {
         Ok(())
     }
 
-    /// The type in which activations are computed, whatever the weights are stored in: `F32` on the CPU; on a GPU
-    /// `BF16` (the default from compute capability 8.0 on), `F16` (before it) or `F32`. Sums are always in F32.
+    /// The type in which the networks compute, whatever the weights are stored in. Sums are always in F32.
     ///
-    /// `I8`, of the CPU alone: activations stay `F32`, but the factors of the products in the blocks of Stages B and C
-    /// are rounded to eight bits, weights by output and activations by row. Faster, in less memory, and less exact.
-    /// Training with such a model computes in `F32`.
+    /// On a GPU, the type of activations: `BF16` (the default from compute capability 8.0 on), `F16` (before it) or
+    /// `F32`.
+    ///
+    /// On the CPU activations are `F32`, and this is the type of the factors of matrix products:
+    /// - `F32`, the default.
+    /// - `BF16`: of all products. Nearly twice as fast where the processor has fast instructions for it (AMD's with
+    ///   AVX-512 BF16); elsewhere the same as `F32`.
+    /// - `I8`: of those in the blocks of Stages B and C, weights rounded by output and activations by row; others as with
+    ///   `BF16`. Faster still, in less memory, and less exact.
+    ///
+    /// Training with such a model computes as its own options say.
     ///
     /// # Errors
-    /// `InvalidArgument` for types that are neither floats nor `I8`. A half-precision type on the CPU, or `I8` on a GPU,
-    /// is `Unsupported` when a model is opened.
+    /// `InvalidArgument` for types that are neither floats nor `I8`. `F16` on the CPU, or `I8` on a GPU, is `Unsupported`
+    /// when a model is opened.
     pub fn set_compute_dtype(&mut self, dtype: DType) -> Result<()> {
         if !dtype.is_float() && dtype != DType::I8 {
             return Err(Error::argument("compute_dtype", "a float type or I8", dtype));

@@ -1,7 +1,7 @@
 //! The decoder of v2: a diffusion model of Stage A's latents, in the place of Stage B (diffusers,
 //! `WuerstchenDiffNeXt`). A U-Net whose blocks attend to the text and are joined by the image embedding.
 
-use super::blocks::{Attended, Conditioning, Injection, Modulations, channel_norm};
+use super::blocks::{Attended, Conditioning, Injection, Modulations, channel_norm_in_place};
 use super::unet::{LevelConfig, UNet, UNetConfig, check_grid, grid_multiple, level_grid};
 use crate::device::Context;
 use crate::error::{Error, Result};
@@ -234,11 +234,10 @@ impl DiffNeXt {
             return Err(Error::argument("image embeddings", format!("{n} for latents of {h} x {w}"), found));
         }
         let patches = pixel_unshuffle(cx, x, self.config.patch_size)?;
-        let hidden = channel_norm(cx, &self.input.forward(cx, &patches)?)?;
+        let hidden = channel_norm_in_place(cx, self.input.forward(cx, &patches)?)?;
         drop(patches);
         let hidden = self.unet.forward(cx, hidden, &injected.runs, conditioning)?;
-        let head = self.output.forward_f32(cx, &channel_norm(cx, &hidden)?)?;
-        drop(hidden);
+        let head = self.output.forward_f32(cx, &channel_norm_in_place(cx, hidden)?)?;
         noise_from_bounded_head(cx, x, &pixel_shuffle(cx, &head, self.config.patch_size)?)
     }
 }

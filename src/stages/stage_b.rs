@@ -1,7 +1,7 @@
 //! Stage B: the token predictor that decodes latents to VQGAN tokens (paper, section 3.1; Paella, Rampas et al.
 //! 2023). A U-Net over the token grid.
 
-use super::blocks::{Attended, Conditioning, Modulations, channel_norm};
+use super::blocks::{Attended, Conditioning, Modulations, channel_norm_in_place};
 use super::unet::{LevelConfig, UNet, UNetConfig, check_grid, grid_multiple};
 use crate::device::Context;
 use crate::error::{Error, Result};
@@ -135,14 +135,14 @@ impl StageB {
     pub fn features(&self, cx: &Context, tokens: &Tensor, conditioning: Conditioning) -> Result<Tensor> {
         let [_, h, w] = tokens.dims_of("stage_b tokens")?;
         check_grid("stage_b tokens", [h, w], self.config.grid_multiple())?;
-        let embedded = channel_norm(cx, &embedding(cx, tokens, &self.tokens)?)?;
+        let embedded = channel_norm_in_place(cx, embedding(cx, tokens, &self.tokens)?)?;
         let patches = pixel_unshuffle(cx, &embedded, self.config.patch_size)?;
         drop(embedded);
-        let x = channel_norm(cx, &self.input.forward(cx, &patches)?)?;
+        let x = channel_norm_in_place(cx, self.input.forward(cx, &patches)?)?;
         drop(patches);
         let x = self.unet.forward(cx, x, &[], conditioning)?;
-        let x = self.features.forward(cx, &channel_norm(cx, &x)?)?;
-        channel_norm(cx, &pixel_shuffle(cx, &x, self.config.patch_size)?)
+        let x = self.features.forward(cx, &channel_norm_in_place(cx, x)?)?;
+        channel_norm_in_place(cx, pixel_shuffle(cx, &x, self.config.patch_size)?)
     }
 
     /// # Shapes

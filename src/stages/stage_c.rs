@@ -2,7 +2,7 @@
 
 use super::blocks::{
     Attended, AttnConfig, Blocks, Conditioning, Invariants, Joined, Joining, Modulations, RunConfig, attend,
-    channel_norm,
+    channel_norm_in_place,
 };
 use crate::device::Context;
 use crate::error::Result;
@@ -112,7 +112,7 @@ impl StageC {
     pub fn forward(&self, cx: &Context, x: &Tensor, conditioning: Conditioning) -> Result<Tensor> {
         let hidden = self.input.forward(cx, x)?;
         let hidden = self.blocks.forward(cx, hidden, Joined::default(), conditioning)?;
-        let head = self.output.forward_f32(cx, &channel_norm(cx, &hidden)?)?;
+        let head = self.output.forward_f32(cx, &channel_norm_in_place(cx, hidden)?)?;
         noise_from_head(cx, x, &head)
     }
 }

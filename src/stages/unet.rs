@@ -2,7 +2,7 @@
 
 use super::blocks::{
     Attended, AttnConfig, Blocks, Conditioning, Injection, Invariants, Joined, Joining, Modulations,
-    RunConfig, attend, channel_norm,
+    RunConfig, attend, channel_norm, channel_norm_in_place,
 };
 use crate::device::Context;
 use crate::error::{Error, Result};
@@ -221,7 +221,7 @@ impl UNet {
             let joined = Joined { skip: skip.as_ref(), injection: injection(self.down.len() + u) };
             x = level.blocks.forward(cx, x, joined, conditioning)?;
             if let Some(resample) = &level.resample {
-                x = resample.forward(cx, &channel_norm(cx, &x)?)?;
+                x = resample.forward(cx, &channel_norm_in_place(cx, x)?)?;
             }
         }
         Ok(x)

@@ -189,7 +189,7 @@ static void what_the_machine_lacks(const char *folder) {
         wst_error_free(error);
     }
     OK(wst_model_options_set_device(options, "cpu", &error));
-    OK(wst_model_options_set_compute_dtype(options, WST_BF16, &error));
+    OK(wst_model_options_set_compute_dtype(options, WST_F16, &error));
     FAILS(WST_UNSUPPORTED, "compute_dtype", wst_model_open(folder, options, &model, &error));
     CHECK(model == NULL);
     OK(wst_model_options_set_compute_dtype(options, WST_I8, &error));

@@ -52,6 +52,18 @@ static int passed, failed;
         wst_error_free(error);                                                               \
     } while (0)
 
+/* Opens a model that computes in the type that the environment names in COMPUTE_DTYPE, if it does. */
+static inline wst_status open_in_type(const char *folder, wst_model **model, wst_error **error) {
+    const char *type = getenv("COMPUTE_DTYPE");
+    if (!type) return wst_model_open(folder, NULL, model, error);
+    wst_model_options *options = wst_model_options_new();
+    if (!options) return WST_OUT_OF_MEMORY;
+    wst_status status = wst_model_options_set(options, "compute_dtype", type, error);
+    if (status == WST_OK) status = wst_model_open(folder, options, model, error);
+    wst_model_options_free(options);
+    return status;
+}
+
 static inline int summary(const char *name) {
     printf("%s: %d passed, %d failed\n", name, passed, failed);
     return failed != 0;

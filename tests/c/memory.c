@@ -14,7 +14,7 @@ static const char *png;
 static wst_status run(const char *folder, wst_model **model, wst_image **image) {
     wst_generate_options *o = NULL;
     wst_error *error = NULL;
-    wst_status status = *model ? WST_OK : wst_model_open(folder, NULL, model, &error);
+    wst_status status = *model ? WST_OK : open_in_type(folder, model, &error);
     if (status == WST_OK) status = wst_generate_options_new(*model, &o, &error);
     if (status == WST_OK) status = wst_generate_options_set_size(o, 128, 128, &error);
     if (status == WST_OK) status = wst_generate_options_add_prompt(o, "a red apple", NULL, &error);
@@ -29,7 +29,7 @@ static wst_status run(const char *folder, wst_model **model, wst_image **image) 
         wst_image_free(status == WST_OK ? *image : NULL);
         if (status == WST_OK) *image = read;
     }
-    if (status == WST_OUT_OF_MEMORY && !strstr(wst_error_message(error), "out of memory")) ++failed;
+    if (status == WST_OUT_OF_MEMORY && error && !strstr(wst_error_message(error), "out of memory")) ++failed;
     wst_error_free(error);
     wst_generate_options_free(o);
     return status;

@@ -143,6 +143,7 @@ memory() { # memory NAME MODEL RUNS [SETTING...]
 }
 memory memory "$MODEL" "${MEMORY_RUNS:-1000000}"
 memory "memory, small blocks" "$MODEL" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=33
+memory "memory, eight bits" "$MODEL" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=1024 COMPUTE_DTYPE=i8
 memory "memory, v2" "$V2/model" "${MEMORY_RUNS:-1000000}"
 memory "memory, v2, small blocks" "$V2/model" "${MEMORY_RUNS:-100}" WST_FAIL_BYTES=33
 # The smallest model: its tensors are small blocks too.
@@ -188,6 +189,7 @@ P
         program "train_arguments, valgrind" $valgrind "$work/train_arguments" "$TINY"
         program "loader, valgrind" $valgrind "$work/loader" "$TINY" "$(fresh)"
         check "generating, valgrind" $valgrind "$work/silent" "$MODEL"
+        check "generating in eight bits, valgrind" env COMPUTE_DTYPE=i8 $valgrind "$work/silent" "$MODEL"
         check "generating, v2, valgrind" $valgrind "$work/silent" "$V2/model"
     else
         echo "    no valgrind"

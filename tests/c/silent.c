@@ -9,7 +9,7 @@ int main(int argc, char **argv) {
     wst_job *job = NULL;
     int32_t done = 0;
     int bad = wst_model_open("/nowhere", NULL, &model, NULL) != WST_IO;
-    bad += wst_model_open(argv[1], NULL, &model, NULL) != WST_OK;
+    bad += open_in_type(argv[1], &model, NULL) != WST_OK;
     bad += wst_generate_options_new(model, &o, NULL) != WST_OK;
     bad += wst_generate_options_set_size(o, 128, 128, NULL) != WST_OK;
     bad += wst_generate_options_add_prompt(o, "apple", NULL, NULL) != WST_OK;

@@ -2,7 +2,7 @@
 //! panels of B just before it uses them.
 
 use super::plan::Plan;
-use super::{A_STRIDE, Ahead, Area, Block, DEPTH, Job, Kernel, steps};
+use super::{A_STRIDE, Ahead, Area, Block, Job, Kernel, WORDS, steps};
 use crate::device::scratch::{Scratch, floats, floats_mut};
 use crate::device::simd::prefetch;
 use crate::device::{Buffer, Context};
@@ -20,9 +20,9 @@ impl<K: Kernel> Job<'_, K> {
         let n = self.product.n;
         let columns = n.div_ceil(per_task);
         let copies = self.copies(cx, plan)?;
-        let floats_of_rows = self.product.blocks().count() * plan.rows * A_STRIDE;
+        let floats_of_rows = self.product.blocks::<K>().count() * plan.rows * A_STRIDE;
         let scratch =
-            Scratch::new(cx.device(), "a matrix product", plan.blocks * columns, DEPTH * K::COLUMNS)?;
+            Scratch::new(cx.device(), "a matrix product", plan.blocks * columns, WORDS * K::COLUMNS)?;
         cx.parallel(plan.blocks * columns, |task| {
             let (rows, column) = (task / columns, task % columns * per_task);
             let copies = &floats(&copies)[rows * floats_of_rows..];
@@ -33,12 +33,12 @@ impl<K: Kernel> Job<'_, K> {
 
     /// A as [`Job::copy_a`] leaves it: for each block of rows its blocks of K, one behind the other.
     fn copies(&self, cx: &Context, plan: &Plan) -> Result<Buffer> {
-        let (blocks, each) = (self.product.blocks().count(), plan.rows * A_STRIDE);
+        let (blocks, each) = (self.product.blocks::<K>().count(), plan.rows * A_STRIDE);
         let bytes = (plan.blocks * blocks * each).saturating_mul(size_of::<f32>());
         let mut copies = cx.device().take("a copied matrix", bytes)?;
         let all = &mut floats_mut(&mut copies)[..plan.blocks * blocks * each];
         cx.parallel_chunks(all, each, |i, to| {
-            if let Some(block) = self.product.blocks().nth(i % blocks) {
+            if let Some(block) = self.product.blocks::<K>().nth(i % blocks) {
                 self.copy_a(plan.area(i / blocks, 0, 0, 0), &block, to);
             }
         })?;
@@ -48,7 +48,7 @@ impl<K: Kernel> Job<'_, K> {
     /// `copies` holds the blocks of K of the area's rows, `distance` floats apart.
     fn fresh_panels(&self, area: Area, copies: &[f32], distance: usize, panel: &mut [f32]) {
         let end = area.column + area.columns;
-        let mut blocks = self.product.blocks().zip(copies.chunks(distance)).peekable();
+        let mut blocks = self.product.blocks::<K>().zip(copies.chunks(distance)).peekable();
         while let Some((block, a)) = blocks.next() {
             for (n, columns) in steps(area.column, area.columns, K::COLUMNS) {
                 // SAFETY: `check` saw all of every B inside its slice; this level was detected.
@@ -75,7 +75,7 @@ impl<K: Kernel> Job<'_, K> {
 
 /// Asks for the rows of tile `i` of a copied block.
 fn ask_for_rows<K: Kernel>(block: &Block, a: &[f32], i: usize) {
-    for at in (0..block.depth).step_by(LINE) {
+    for at in (0..block.words).step_by(LINE) {
         for row in i * K::ROWS..(i + 1) * K::ROWS {
             prefetch(a.as_ptr().wrapping_add(row * A_STRIDE + at));
         }

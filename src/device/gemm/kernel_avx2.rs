@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::device::simd::prefetch;
 
-use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values, transpose_plain};
+use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values, copy_rows, transpose_plain};
 
 pub(super) struct Avx2;
 
@@ -15,6 +15,7 @@ const COLUMNS: usize = 16;
 impl Kernel for Avx2 {
     const ROWS: usize = 6;
     const COLUMNS: usize = COLUMNS;
+    const PER_WORD: usize = 1;
 
     unsafe fn multiply(tile: &Tile) {
         let multiply = match tile.rows {
@@ -42,6 +43,10 @@ impl Kernel for Avx2 {
         }
     }
 
+    unsafe fn copy(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        copy_rows(from, stride, rows, depth, to);
+    }
+
     unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
         assert!(to.len() >= rows * A_STRIDE && depth <= A_STRIDE);
         // SAFETY: the caller's contract, and room for whole rows.
@@ -60,7 +65,7 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
     tile.ahead.into_iter().for_each(|mut ahead| ahead.ask_until(0));
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
     unsafe {
-        for _ in 0..tile.depth {
+        for _ in 0..tile.words {
             let low = _mm256_loadu_ps(b);
             let high = _mm256_loadu_ps(b.add(8));
             for (r, sums) in sums.iter_mut().enumerate() {

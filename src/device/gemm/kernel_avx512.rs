@@ -6,34 +6,21 @@ use half::{bf16, f16};
 
 use crate::device::simd::{prefetch, prefetch_to_write};
 
-use super::{A_STRIDE, Ahead, Kernel, Layout, MatrixB, Part, Tile, Values};
+use super::{A_STRIDE, Ahead, Kernel, Layout, MatrixB, Part, Tile, Values, copy_rows};
 
 pub(super) struct Avx512;
 
-const COLUMNS: usize = 32;
+pub(super) const COLUMNS: usize = 32;
 
 /// Steps of k between two cache lines that are asked for.
-const STEPS_PER_LINE: usize = 4;
+pub(super) const STEPS_PER_LINE: usize = 4;
 
 impl Kernel for Avx512 {
     const ROWS: usize = 12;
     const COLUMNS: usize = COLUMNS;
+    const PER_WORD: usize = 1;
 
     unsafe fn multiply(tile: &Tile) {
-        let multiply = match tile.rows {
-            1 => multiply::<1>,
-            2 => multiply::<2>,
-            3 => multiply::<3>,
-            4 => multiply::<4>,
-            5 => multiply::<5>,
-            6 => multiply::<6>,
-            7 => multiply::<7>,
-            8 => multiply::<8>,
-            9 => multiply::<9>,
-            10 => multiply::<10>,
-            11 => multiply::<11>,
-            _ => multiply::<12>,
-        };
         // SAFETY: the caller's contract.
         unsafe { multiply(tile) }
     }
@@ -51,6 +38,10 @@ impl Kernel for Avx512 {
         }
     }
 
+    unsafe fn copy(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        copy_rows(from, stride, rows, depth, to);
+    }
+
     unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
         assert!(to.len() >= rows * A_STRIDE && depth.next_multiple_of(16) <= A_STRIDE);
         // SAFETY: the caller's contract, and room for whole vectors.
@@ -59,60 +50,89 @@ impl Kernel for Avx512 {
 }
 
 /// The low `count` lanes of 16; all beyond 16.
-fn lanes(count: usize) -> __mmask16 {
+pub(super) fn lanes(count: usize) -> __mmask16 {
     if count >= 16 { u16::MAX } else { (1u16 << count) - 1 }
 }
 
-/// # Safety
-/// As [`Kernel::multiply`], with `R == tile.rows`.
-#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
-unsafe fn multiply<const R: usize>(tile: &Tile) {
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    let (mut a, mut b) = (tile.a.as_ptr(), tile.panel.as_ptr());
-    for r in 0..R {
-        // On their way while the sums are made.
-        let c = tile.c.wrapping_add(r * tile.ldc);
-        prefetch_to_write(c);
-        prefetch_to_write(c.wrapping_add(tile.columns - 1));
-    }
-    // One line every few steps: more at once would have to wait for each other.
-    let mut ahead = tile.ahead;
-    ahead.iter_mut().for_each(|ahead| ahead.ask_until(tile.depth / STEPS_PER_LINE));
-    // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
-    unsafe {
-        for k in 0..tile.depth {
-            if k % STEPS_PER_LINE == 0 {
-                ahead.iter_mut().for_each(Ahead::ask);
+/// Defines [`Kernel::multiply`] as `$name`, with 12 x 32 sums. `$add(a, b, sums)` adds the products of a word of A, which is
+/// in every lane, and 16 words of a panel; `$features` are what it takes.
+macro_rules! multiply_in_tiles {
+    ($name:ident, $add:expr, $features:literal) => {
+        /// # Safety
+        /// As [`Kernel::multiply`].
+        pub(super) unsafe fn $name(tile: &Tile) {
+            /// # Safety
+            /// As [`Kernel::multiply`], with `R == tile.rows`.
+            #[target_feature(enable = $features)]
+            unsafe fn rows<const R: usize>(tile: &Tile) {
+                let mut sums = [[_mm512_setzero_ps(); 2]; R];
+                let (mut a, mut b) = (tile.a.as_ptr(), tile.panel.as_ptr());
+                for r in 0..R {
+                    // On their way while the sums are made.
+                    let c = tile.c.wrapping_add(r * tile.ldc);
+                    prefetch_to_write(c);
+                    prefetch_to_write(c.wrapping_add(tile.columns - 1));
+                }
+                // One line every few steps: more at once would have to wait for each other.
+                let mut ahead = tile.ahead;
+                ahead.iter_mut().for_each(|ahead| ahead.ask_until(tile.words / STEPS_PER_LINE));
+                // SAFETY: `words` steps of one word in each row of A and of one row of the panel.
+                unsafe {
+                    for k in 0..tile.words {
+                        if k % STEPS_PER_LINE == 0 {
+                            ahead.iter_mut().for_each(Ahead::ask);
+                        }
+                        let low = _mm512_loadu_ps(b);
+                        let high = _mm512_loadu_ps(b.add(16));
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let a = _mm512_set1_ps(*a.add(r * A_STRIDE));
+                            sums[0] = $add(a, low, sums[0]);
+                            sums[1] = $add(a, high, sums[1]);
+                        }
+                        a = a.add(1);
+                        b = b.add(COLUMNS);
+                    }
+                }
+                let (low, high) = (lanes(tile.columns), lanes(tile.columns.saturating_sub(16)));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: row r of C; lanes outside its columns are masked off and not touched.
+                    unsafe {
+                        let c = tile.c.add(r * tile.ldc);
+                        let next = c.wrapping_add(16);
+                        if tile.accumulate {
+                            sums[0] = _mm512_add_ps(_mm512_maskz_loadu_ps(low, c), sums[0]);
+                            sums[1] = _mm512_add_ps(_mm512_maskz_loadu_ps(high, next), sums[1]);
+                        }
+                        _mm512_mask_storeu_ps(c, low, sums[0]);
+                        _mm512_mask_storeu_ps(next, high, sums[1]);
+                    }
+                }
             }
-            let low = _mm512_loadu_ps(b);
-            let high = _mm512_loadu_ps(b.add(16));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let a = _mm512_set1_ps(*a.add(r * A_STRIDE));
-                sums[0] = _mm512_fmadd_ps(a, low, sums[0]);
-                sums[1] = _mm512_fmadd_ps(a, high, sums[1]);
-            }
-            a = a.add(1);
-            b = b.add(COLUMNS);
+            let rows = match tile.rows {
+                1 => rows::<1>,
+                2 => rows::<2>,
+                3 => rows::<3>,
+                4 => rows::<4>,
+                5 => rows::<5>,
+                6 => rows::<6>,
+                7 => rows::<7>,
+                8 => rows::<8>,
+                9 => rows::<9>,
+                10 => rows::<10>,
+                11 => rows::<11>,
+                _ => rows::<12>,
+            };
+            // SAFETY: the caller's contract.
+            unsafe { rows(tile) }
         }
-    }
-    let (low, high) = (lanes(tile.columns), lanes(tile.columns.saturating_sub(16)));
-    for (r, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: row r of C; lanes outside its columns are masked off and not touched.
-        unsafe {
-            let c = tile.c.add(r * tile.ldc);
-            let next = c.wrapping_add(16);
-            if tile.accumulate {
-                sums[0] = _mm512_add_ps(_mm512_maskz_loadu_ps(low, c), sums[0]);
-                sums[1] = _mm512_add_ps(_mm512_maskz_loadu_ps(high, next), sums[1]);
-            }
-            _mm512_mask_storeu_ps(c, low, sums[0]);
-            _mm512_mask_storeu_ps(next, high, sums[1]);
-        }
-    }
+    };
 }
+pub(super) use multiply_in_tiles;
+
+multiply_in_tiles!(multiply, _mm512_fmadd_ps, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c");
 
 /// A number that 16 lanes of can be loaded and widened.
-trait Load: Copy {
+pub(super) trait Load: Copy {
     /// The numbers at `from` in the lanes of `mask`, zero elsewhere.
     ///
     /// # Safety
@@ -209,7 +229,12 @@ unsafe fn transpose_block(from: *const f32, stride: usize, rows: usize, depth: u
 /// # Safety
 /// AVX-512; `rows` rows, `stride` apart, of `count` numbers each lie at `from`; neither is above 16.
 #[inline(always)]
-unsafe fn load_rows<T: Load>(from: *const T, stride: usize, rows: usize, count: usize) -> [__m512; 16] {
+pub(super) unsafe fn load_rows<T: Load>(
+    from: *const T,
+    stride: usize,
+    rows: usize,
+    count: usize,
+) -> [__m512; 16] {
     // SAFETY: AVX-512 by contract.
     let mut loaded = unsafe { [_mm512_setzero_ps(); 16] };
     let mask = lanes(count);
@@ -225,7 +250,7 @@ unsafe fn load_rows<T: Load>(from: *const T, stride: usize, rows: usize, count: 
 /// Columns as rows. Four rounds of pairwise exchanges: 1, 2, 4 and 8 lanes apart.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
-fn transpose(x: [__m512; 16]) -> [__m512; 16] {
+pub(super) fn transpose(x: [__m512; 16]) -> [__m512; 16] {
     let mut y = x;
     for i in 0..8 {
         y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);

@@ -1,6 +1,6 @@
 //! The kernel of processors about which nothing is known: plain loops, 4 x 8 sums, no fused multiply-add.
 
-use super::{A_STRIDE, Kernel, MatrixB, Part, Tile, transpose_plain};
+use super::{A_STRIDE, Kernel, MatrixB, Part, Tile, copy_rows, transpose_plain};
 
 pub(super) struct Baseline;
 
@@ -10,6 +10,7 @@ const COLUMNS: usize = 8;
 impl Kernel for Baseline {
     const ROWS: usize = ROWS;
     const COLUMNS: usize = COLUMNS;
+    const PER_WORD: usize = 1;
 
     unsafe fn multiply(tile: &Tile) {
         let multiply = match tile.rows {
@@ -26,6 +27,10 @@ impl Kernel for Baseline {
         b.pack_plain(part, 0..part.depth, 0..COLUMNS, COLUMNS, panel);
     }
 
+    unsafe fn copy(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        copy_rows(from, stride, rows, depth, to);
+    }
+
     unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
         transpose_plain(from, stride, 0..rows, 0..depth, to);
     }
@@ -35,7 +40,7 @@ impl Kernel for Baseline {
 /// As [`Kernel::multiply`], with `R == tile.rows`.
 unsafe fn multiply<const R: usize>(tile: &Tile) {
     let mut sums = [[0f32; COLUMNS]; R];
-    for (k, b) in tile.panel.chunks_exact(COLUMNS).take(tile.depth).enumerate() {
+    for (k, b) in tile.panel.chunks_exact(COLUMNS).take(tile.words).enumerate() {
         for (r, sums) in sums.iter_mut().enumerate() {
             let a = tile.a[r * A_STRIDE + k];
             for (sum, b) in sums.iter_mut().zip(b) {

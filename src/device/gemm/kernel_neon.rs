@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use crate::device::simd::prefetch;
 
-use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values, transpose_plain};
+use super::{A_STRIDE, Kernel, Layout, MatrixB, Part, Tile, Values, copy_rows, transpose_plain};
 
 pub(super) struct Neon;
 
@@ -24,6 +24,7 @@ type Row = [float32x4_t; COLUMNS / WIDTH];
 impl Kernel for Neon {
     const ROWS: usize = 6;
     const COLUMNS: usize = COLUMNS;
+    const PER_WORD: usize = 1;
 
     unsafe fn multiply(tile: &Tile) {
         let multiply = match tile.rows {
@@ -51,6 +52,10 @@ impl Kernel for Neon {
         }
     }
 
+    unsafe fn copy(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
+        copy_rows(from, stride, rows, depth, to);
+    }
+
     unsafe fn transpose(from: &[f32], stride: usize, rows: usize, depth: usize, to: &mut [f32]) {
         assert!(to.len() >= rows * A_STRIDE && depth <= A_STRIDE);
         let (whole_rows, whole_depth) = (whole(rows), whole(depth));
@@ -75,7 +80,7 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
     let (mut a, mut b) = (tile.a.as_ptr(), tile.panel.as_ptr());
     // SAFETY: `depth` steps of one float in each row of A and of one row of the panel.
     unsafe {
-        for _ in 0..tile.depth / WIDTH {
+        for _ in 0..tile.words / WIDTH {
             let mut rows = [vdupq_n_f32(0.0); R];
             for (r, row) in rows.iter_mut().enumerate() {
                 *row = vld1q_f32(a.add(r * A_STRIDE));
@@ -87,7 +92,7 @@ unsafe fn multiply<const R: usize>(tile: &Tile) {
             a = a.add(WIDTH);
             b = b.add(WIDTH * COLUMNS);
         }
-        for _ in 0..tile.depth % WIDTH {
+        for _ in 0..tile.words % WIDTH {
             let mut rows = [vdupq_n_f32(0.0); R];
             for (r, row) in rows.iter_mut().enumerate() {
                 *row = vld1q_dup_f32(a.add(r * A_STRIDE));

@@ -1,7 +1,7 @@
 //! Products of many rows: B is packed once for all of them.
 
 use super::plan::Plan;
-use super::{A_STRIDE, Ahead, Area, Block, DEPTH, Job, Kernel, steps};
+use super::{A_STRIDE, Ahead, Area, Block, Job, Kernel, WORDS, steps};
 use crate::device::Context;
 use crate::device::scratch::{Scratch, SharedMut, floats, floats_mut};
 use crate::error::Result;
@@ -9,13 +9,13 @@ use crate::error::Result;
 /// Panels whose columns of a block of rows fit into the L2 cache, beside a block of A.
 const HOT_PANELS: usize = 12;
 
-/// Blocks that are packed together: those whose first k, counted through all terms, is within a range.
+/// Blocks that are packed together: those whose first word, counted through all terms, is within a range.
 #[derive(Debug, Clone, Copy)]
 struct Group {
     start: usize,
     end: usize,
-    /// Floats of a packed panel, of which the group fills the first.
-    panel_floats: usize,
+    /// Words of a packed panel, of which the group fills the first.
+    panel_words: usize,
 }
 
 impl Group {
@@ -32,26 +32,26 @@ impl<K: Kernel> Job<'_, K> {
         cx: &Context,
         plan: &Plan,
         columns_at_once: usize,
-        depth_at_once: usize,
+        words_at_once: usize,
     ) -> Result<()> {
-        let (n, depth) = (self.product.n, self.product.depth());
+        let (n, words) = (self.product.n, self.product.words::<K>());
         // The last block of a group may reach beyond it.
-        let panel_floats = depth.min(depth_at_once.saturating_add(DEPTH)) * K::COLUMNS;
+        let panel_words = words.min(words_at_once.saturating_add(WORDS)) * K::COLUMNS;
         let panels = columns_at_once.div_ceil(K::COLUMNS);
-        let bytes = (panels * panel_floats).saturating_mul(size_of::<f32>());
+        let bytes = (panels * panel_words).saturating_mul(size_of::<f32>());
         let mut packed = cx.device().take("a packed matrix", bytes)?;
         // Each term may end in a short block.
-        let most = (depth_at_once / DEPTH).saturating_add(1 + self.product.terms.len());
-        let copies = self.product.blocks().count().min(most) * plan.rows * A_STRIDE;
+        let most = (words_at_once / WORDS).saturating_add(1 + self.product.terms.len());
+        let copies = self.product.blocks::<K>().count().min(most) * plan.rows * A_STRIDE;
         let scratch = Scratch::new(cx.device(), "a matrix product", plan.blocks, copies)?;
         for (first, columns) in steps(0, n, columns_at_once) {
-            // Without any depth there is still an epilogue.
-            for (start, length) in steps(0, depth.max(1), depth_at_once) {
-                let group = Group { start, end: start + length, panel_floats };
+            // Without any there is still an epilogue.
+            for (start, length) in steps(0, words.max(1), words_at_once) {
+                let group = Group { start, end: start + length, panel_words };
                 let shared = SharedMut::new(floats_mut(&mut packed));
                 cx.parallel(columns.div_ceil(K::COLUMNS), |panel| {
                     // SAFETY: each task has its own panel of the buffer, which outlives the loop.
-                    let to = unsafe { shared.part(panel * panel_floats, panel_floats) };
+                    let to = unsafe { shared.part(panel * panel_words, panel_words) };
                     let n = first + panel * K::COLUMNS;
                     self.pack_group(group, n, K::COLUMNS.min(first + columns - n), to);
                 })?;
@@ -67,8 +67,8 @@ impl<K: Kernel> Job<'_, K> {
 
     /// One panel of the blocks of a group.
     fn pack_group(&self, group: Group, n: usize, columns: usize, panel: &mut [f32]) {
-        for block in self.product.blocks().filter(|block| group.holds(block)) {
-            let panel = &mut panel[(block.at - group.start) * K::COLUMNS..][..block.depth * K::COLUMNS];
+        for block in self.product.blocks::<K>().filter(|block| group.holds(block)) {
+            let panel = &mut panel[(block.at - group.start) * K::COLUMNS..][..block.words * K::COLUMNS];
             // SAFETY: `check` saw all of every B inside its slice; this level was detected.
             unsafe { K::pack(&block.term.b, block.part(n, columns), panel) };
         }
@@ -76,7 +76,7 @@ impl<K: Kernel> Job<'_, K> {
 
     /// `copies` has room for those of all blocks of the group.
     fn packed_panels(&self, area: Area, panels: &Panels, copies: &mut [f32]) {
-        let of_group = || self.product.blocks().filter(|block| panels.group.holds(block));
+        let of_group = || self.product.blocks::<K>().filter(|block| panels.group.holds(block));
         // All of K for some columns, whose sums stay in the L2 cache meanwhile.
         for (column, columns) in steps(area.column, area.columns, HOT_PANELS * K::COLUMNS) {
             let part = Area { column, columns, ..area };
@@ -90,7 +90,7 @@ impl<K: Kernel> Job<'_, K> {
                 let turn = Turn { block, after, copies_after: is_first };
                 self.packed_block(part, panels, &turn, a);
             }
-            if panels.group.end >= self.product.depth() {
+            if panels.group.end >= self.product.words::<K>() {
                 self.finish(part);
             }
         }
@@ -140,7 +140,7 @@ struct Panels<'a> {
 impl Panels<'_> {
     /// That of a block whose first column is `column`.
     fn of<K: Kernel>(&self, block: &Block, column: usize) -> &[f32] {
-        let panel = (column - self.column) / K::COLUMNS * self.group.panel_floats;
-        &self.packed[panel + (block.at - self.group.start) * K::COLUMNS..][..block.depth * K::COLUMNS]
+        let panel = (column - self.column) / K::COLUMNS * self.group.panel_words;
+        &self.packed[panel + (block.at - self.group.start) * K::COLUMNS..][..block.words * K::COLUMNS]
     }
 }

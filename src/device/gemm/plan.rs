@@ -1,6 +1,6 @@
 //! How a product is cut into tasks. No choice made here changes a bit of the result.
 
-use super::{Area, BLOCK_ROWS, DEPTH, Kernel, Order};
+use super::{Area, BLOCK_ROWS, Kernel, Order, WORDS};
 
 /// Above this many rows, B is packed once for all of them.
 const FEW_ROWS: usize = 2 * BLOCK_ROWS;
@@ -13,8 +13,8 @@ const PACKED_FLOATS: usize = 2 << 20;
 
 /// How much of K is copied and packed at once: whole blocks. If A is transposed K is the rows of a batch, often very
 /// many: all of it would leave room for few columns, and A is copied anew for each round of columns.
-const DEPTH_AT_ONCE: usize = 16 * DEPTH;
-const DEPTH_AT_ONCE_TRANSPOSED: usize = 8 * DEPTH;
+const WORDS_AT_ONCE: usize = 16 * WORDS;
+const WORDS_AT_ONCE_TRANSPOSED: usize = 8 * WORDS;
 
 /// The fewest rows of a task if A is transposed: whole tiles of each kernel, and whole cache lines of A.
 const TRANSPOSED_ROWS: usize = 48;
@@ -34,9 +34,9 @@ const HOT_FLOATS: usize = 112 << 10;
 pub(super) enum Split {
     /// Tasks own `per_task` columns (of one block of rows) and pack B for themselves.
     Columns { per_task: usize },
-    /// Tasks own a block of rows; B is packed beforehand, `columns_at_once` columns of `depth_at_once` inputs at
+    /// Tasks own a block of rows; B is packed beforehand, `columns_at_once` columns of `words_at_once` inputs at
     /// a time.
-    Rows { columns_at_once: usize, depth_at_once: usize },
+    Rows { columns_at_once: usize, words_at_once: usize },
 }
 
 /// The cut of one product.
@@ -55,9 +55,9 @@ impl Plan {
     pub fn new<K: Kernel>([m, n, k]: [usize; 3], order: Order, threads: usize) -> Self {
         let panels = n.div_ceil(K::COLUMNS);
         let wide = panels >= PANELS_PER_TASK * threads;
-        let (least_rows, depth_at_once) = match order {
-            Order::Rows => (2 * K::ROWS, DEPTH_AT_ONCE),
-            Order::Columns => (TRANSPOSED_ROWS, DEPTH_AT_ONCE_TRANSPOSED),
+        let (least_rows, words_at_once) = match order {
+            Order::Rows => (2 * K::ROWS, WORDS_AT_ONCE),
+            Order::Columns => (TRANSPOSED_ROWS, WORDS_AT_ONCE_TRANSPOSED),
         };
         // A transposed A costs too much to be copied for a few panels.
         let costly = order == Order::Columns && panels < PANELS_PER_TASK;
@@ -72,10 +72,10 @@ impl Plan {
         let least = (TASKS_PER_THREAD * threads).min(m.div_ceil(least_rows));
         let blocks = m.div_ceil(BLOCK_ROWS).max(least).next_multiple_of(threads);
         let (rows, blocks) = cut::<K>(m, blocks);
-        let most = PACKED_FLOATS / (k.clamp(DEPTH, depth_at_once) * K::COLUMNS);
+        let most = PACKED_FLOATS / (k.clamp(WORDS, words_at_once) * K::COLUMNS);
         let chunks = panels.div_ceil(most.max(1));
         let columns_at_once = panels.div_ceil(chunks) * K::COLUMNS;
-        Plan { rows, blocks, m, split: Split::Rows { columns_at_once, depth_at_once } }
+        Plan { rows, blocks, m, split: Split::Rows { columns_at_once, words_at_once } }
     }
 
     /// The area of a block of rows, and of at most `columns` columns of `n` from `column` on.

@@ -1,16 +1,15 @@
 //! Small products on the calling thread, in memory that the caller brings: what attention is made of.
 
 use super::{
-    A_STRIDE, Ahead, BLOCK_ROWS, Kernel, MatrixB, Tile, blocks, copy_rows, fits, pack_panel, steps,
-    with_kernel,
+    A_STRIDE, Ahead, BLOCK_ROWS, Choice, Kernel, MatrixB, Tile, blocks, fits, pack_panel, steps, with_kernel,
 };
-use crate::device::simd::{self, Level};
+use crate::device::Device;
 use crate::error::Result;
 
 /// One kernel, chosen once so that packing and multiplying agree.
 #[derive(Debug, Clone, Copy)]
 pub struct Serial {
-    level: Level,
+    choice: Choice,
 }
 
 /// A product with packed B: C (+)= A B.
@@ -33,14 +32,14 @@ pub struct Packed<'a> {
 }
 
 impl Serial {
-    /// With the kernel of [`simd::level`].
-    pub fn new() -> Self {
-        Serial { level: simd::level() }
+    /// With the kernel that [`gemm`](super::gemm) has on this device.
+    pub fn new(device: &Device) -> Self {
+        Serial { choice: Choice::of(device) }
     }
 
     /// How many floats a packed B takes.
     pub fn packed_len(&self, n: usize, k: usize) -> usize {
-        with_kernel!(self.level, K => n.next_multiple_of(K::COLUMNS) * k)
+        with_kernel!(self.choice, K => n.next_multiple_of(K::COLUMNS) * k.div_ceil(K::PER_WORD))
     }
 
     /// How many floats of scratch a product with `m` rows takes.
@@ -55,9 +54,10 @@ impl Serial {
     pub fn pack(&self, b: &MatrixB, n: usize, k: usize, to: &mut [f32]) -> Result<()> {
         b.check(n, k)?;
         fits("gemm: packed", 1, self.packed_len(n, k), usize::MAX, to.len())?;
-        with_kernel!(self.level, K => {
+        with_kernel!(self.choice, K => {
             for (i, (first, columns)) in steps(0, n, K::COLUMNS).enumerate() {
-                pack_panel::<K>(b, k, first, columns, &mut to[i * k * K::COLUMNS..][..k * K::COLUMNS]);
+                let words = k.div_ceil(K::PER_WORD) * K::COLUMNS;
+                pack_panel::<K>(b, k, first, columns, &mut to[i * words..][..words]);
             }
         });
         Ok(())
@@ -75,30 +75,27 @@ impl Serial {
         if x.k == 0 && !x.accumulate {
             out.chunks_mut(ldc.max(1)).take(x.m).for_each(|row| row[..x.n].fill(0.0));
         }
-        with_kernel!(self.level, K => multiply::<K>(x, scratch, out, ldc));
+        with_kernel!(self.choice, K => multiply::<K>(x, scratch, out, ldc));
         Ok(())
-    }
-}
-
-impl Default for Serial {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
 fn multiply<K: Kernel>(x: &Packed, scratch: &mut [f32], out: &mut [f32], ldc: usize) {
     for (row, rows) in steps(0, x.m, BLOCK_ROWS) {
-        for (k, depth) in blocks(x.k) {
-            copy_rows(&x.a[row * x.lda + k..], x.lda, rows, depth, scratch);
+        for (k, depth) in blocks::<K>(x.k) {
+            let words = depth.div_ceil(K::PER_WORD);
+            // SAFETY: A holds the rows and the scratch their copies, as was checked; this kernel was chosen.
+            unsafe { K::copy(&x.a[row * x.lda + k..], x.lda, rows, depth, scratch) };
             for (i, (column, columns)) in steps(0, x.n, K::COLUMNS).enumerate() {
-                let panel = &x.b[(i * x.k + k) * K::COLUMNS..][..depth * K::COLUMNS];
+                let first_word = i * x.k.div_ceil(K::PER_WORD) + k / K::PER_WORD;
+                let panel = &x.b[first_word * K::COLUMNS..][..words * K::COLUMNS];
                 for (first, rows) in steps(0, rows, K::ROWS) {
                     let a = &scratch[first * A_STRIDE..];
                     let c = out[(row + first) * ldc + column..][..(rows - 1) * ldc + columns].as_mut_ptr();
                     let accumulate = x.accumulate || k > 0;
                     // SAFETY: the slice of C was just measured and is borrowed exclusively; the level was detected.
                     unsafe {
-                        Tile { rows, columns, depth, a, panel, c, ldc, accumulate, ahead: [Ahead::NONE; 2] }
+                        Tile { rows, columns, words, a, panel, c, ldc, accumulate, ahead: [Ahead::NONE; 2] }
                             .run::<K>()
                     };
                 }

@@ -4,6 +4,27 @@ use super::*;
 use crate::device::simd::tests::at_level;
 use crate::device::{CancelToken, Device};
 
+/// What products are computed with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Way {
+    level: Level,
+    rounded: bool,
+}
+
+impl Way {
+    /// All that this processor has.
+    fn available() -> impl Iterator<Item = Way> {
+        let exact = Level::available().map(|level| Way { level, rounded: false });
+        let level = simd::level();
+        exact.chain(multiplies_bf16().then_some(Way { level, rounded: true }))
+    }
+
+    fn device(self, threads: usize) -> Device {
+        let device = if self.rounded { Device::cpu_in_bf16(threads) } else { Device::cpu(threads) };
+        device.unwrap()
+    }
+}
+
 /// Numbers between -1 and 1 that f16 and bf16 hold exactly, so that one reference serves all types.
 fn numbers(count: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2_654_435_769) | 1;
@@ -67,28 +88,31 @@ impl Case {
         Factors { k: self.k, a: self.a(), b }
     }
 
-    fn reference(&self) -> Vec<f64> {
+    /// With factors as `way` has them.
+    fn reference(&self, way: Way) -> Vec<f64> {
+        let factor = |v: f32| f64::from(if way.rounded { bf16::from_f32(v).to_f32() } else { v });
         let b = MatrixB { values: Values::F32(&self.b), layout: self.layout, leading: self.leading };
         let mut c = Vec::new();
         for i in 0..self.m {
             for j in 0..self.n {
-                let term = |k| self.a[self.a().index(i, k)] as f64 * self.b[b.index(k, j)] as f64;
+                let term = |k| factor(self.a[self.a().index(i, k)]) * factor(self.b[b.index(k, j)]);
                 c.push((0..self.k).map(term).sum());
             }
         }
         c
     }
 
-    fn run(&self, threads: usize, values: Values) -> Vec<f32> {
-        sum(threads, self.m, self.n, &[self.factors(values)])
+    fn run(&self, way: Way, threads: usize, values: Values) -> Vec<f32> {
+        sum(way, threads, self.m, self.n, &[self.factors(values)])
     }
 }
 
 /// The sum of products, with NaN between the rows of C, which must stay.
-fn sum(threads: usize, m: usize, n: usize, terms: &[Factors]) -> Vec<f32> {
-    let (cx, ldc) = (Context::new(&Device::cpu(threads).unwrap()), n + 3);
+fn sum(way: Way, threads: usize, m: usize, n: usize, terms: &[Factors]) -> Vec<f32> {
+    let (cx, ldc) = (Context::new(&way.device(threads)), n + 3);
     let mut out = vec![f32::NAN; m * ldc];
-    gemm(&cx, &Gemm { m, n, terms, accumulate: false }, &mut out, ldc, |_, _, _| ()).unwrap();
+    let product = Gemm { m, n, terms, accumulate: false };
+    at_level(way.level, || gemm(&cx, &product, &mut out, ldc, |_, _, _| ())).unwrap();
     out.chunks(ldc).for_each(|row| assert!(row[n..].iter().all(|v| v.is_nan())));
     out.chunks(ldc).flat_map(|row| &row[..n]).copied().collect()
 }
@@ -126,41 +150,34 @@ fn every_shape_type_and_level_matches_the_definition() {
     for case in cases() {
         let half: Vec<f16> = case.b.iter().map(|&v| f16::from_f32(v)).collect();
         let brain: Vec<bf16> = case.b.iter().map(|&v| bf16::from_f32(v)).collect();
-        let want = case.reference();
-        for level in Level::available() {
-            at_level(level, || {
-                let got = case.run(2, Values::F32(&case.b));
-                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                    let Case { m, n, k, layout, .. } = case;
-                    let error = (*got as f64 - want).abs();
-                    assert!(
-                        error <= 1e-6 * (1.0 + k as f64),
-                        "{level:?} {m}x{n}x{k} {layout:?} {i}: {got} {want}"
-                    );
-                }
-                assert_eq!(got.len(), want.len());
-                assert_eq!(case.run(3, Values::F16(&half)), got);
-                assert_eq!(case.run(3, Values::BF16(&brain)), got);
-            });
+        for way in Way::available() {
+            let want = case.reference(way);
+            let got = case.run(way, 2, Values::F32(&case.b));
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                let Case { m, n, k, layout, .. } = case;
+                let error = (*got as f64 - want).abs();
+                assert!(error <= 1e-6 * (1.0 + k as f64), "{way:?} {m}x{n}x{k} {layout:?} {i}: {got} {want}");
+            }
+            assert_eq!(got.len(), want.len());
+            assert_eq!(case.run(way, 3, Values::F16(&half)), got);
+            assert_eq!(case.run(way, 3, Values::BF16(&brain)), got);
         }
     }
 }
 
 #[test]
 fn bits_depend_on_neither_threads_nor_neighbours() {
-    for level in Level::available() {
-        at_level(level, || {
-            for case in cases().filter(|c| c.m > 0) {
-                let whole = case.run(1, Values::F32(&case.b));
-                for threads in [2, 5] {
-                    assert_eq!(case.run(threads, Values::F32(&case.b)), whole);
-                }
-                for row in [0, case.m / 2, case.m - 1] {
-                    let alone = Factors { a: case.a_from(row), ..case.factors(Values::F32(&case.b)) };
-                    assert_eq!(sum(1, 1, case.n, &[alone]), whole[row * case.n..][..case.n]);
-                }
+    for way in Way::available() {
+        for case in cases().filter(|c| c.m > 0) {
+            let whole = case.run(way, 1, Values::F32(&case.b));
+            for threads in [2, 5] {
+                assert_eq!(case.run(way, threads, Values::F32(&case.b)), whole);
             }
-        });
+            for row in [0, case.m / 2, case.m - 1] {
+                let alone = Factors { a: case.a_from(row), ..case.factors(Values::F32(&case.b)) };
+                assert_eq!(sum(way, 1, 1, case.n, &[alone]), whole[row * case.n..][..case.n]);
+            }
+        }
     }
 }
 
@@ -192,56 +209,53 @@ fn sums_match_the_definition_and_have_fixed_bits() {
         let cases = terms(m, n, depths);
         let half = |case: &Case| case.b.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>();
         let halves: Vec<_> = cases.iter().map(half).collect();
-        let mut want = vec![0.0; m * n];
-        for case in &cases {
-            want.iter_mut().zip(case.reference()).for_each(|(sum, v)| *sum += v);
-        }
         let factors: Vec<_> = cases.iter().map(|c| c.factors(Values::F32(&c.b))).collect();
         let of_halves = cases.iter().zip(&halves).map(|(c, b)| c.factors(Values::F16(b)));
         let of_halves: Vec<_> = of_halves.collect();
-        for level in Level::available() {
-            at_level(level, || {
-                let got = sum(1, m, n, &factors);
-                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                    assert!(
-                        (*got as f64 - want).abs() <= 1e-4,
-                        "{level:?} {m}x{n} {depths:?} {i}: {got} {want}"
-                    );
-                }
-                for threads in [2, 4] {
-                    assert_eq!(sum(threads, m, n, &factors), got);
-                }
-                assert_eq!(sum(2, m, n, &of_halves), got);
-                let last = cases.iter().zip(&factors).map(|(c, f)| Factors { a: c.a_from(m - 1), ..*f });
-                let rows: Vec<_> = last.collect();
-                assert_eq!(sum(1, 1, n, &rows), got[(m - 1) * n..]);
-            });
+        for way in Way::available() {
+            let mut want = vec![0.0; m * n];
+            for case in &cases {
+                want.iter_mut().zip(case.reference(way)).for_each(|(sum, v)| *sum += v);
+            }
+            let got = sum(way, 1, m, n, &factors);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((*got as f64 - want).abs() <= 1e-4, "{way:?} {m}x{n} {depths:?} {i}: {got} {want}");
+            }
+            for threads in [2, 4] {
+                assert_eq!(sum(way, threads, m, n, &factors), got);
+            }
+            assert_eq!(sum(way, 2, m, n, &of_halves), got);
+            let last = cases.iter().zip(&factors).map(|(c, f)| Factors { a: c.a_from(m - 1), ..*f });
+            let rows: Vec<_> = last.collect();
+            assert_eq!(sum(way, 1, 1, n, &rows), got[(m - 1) * n..]);
         }
     }
 }
 
 #[test]
 fn whole_blocks_of_one_product_are_terms() {
-    for layout in [Layout::RowsAreOutputs, Layout::RowsAreInputs] {
+    let layouts = [Layout::RowsAreOutputs, Layout::RowsAreInputs];
+    for (way, layout) in Way::available().flat_map(|way| layouts.map(|layout| (way, layout))) {
+        let depth = if way.rounded { 2 * WORDS } else { WORDS };
         for (m, n) in [(3, 70), (130, 300), (700, 50)] {
-            let whole = Case::new(m, n, 3 * DEPTH + 7, layout, 2);
+            let whole = Case::new(m, n, 3 * depth + 7, layout, 2);
             let term = |first: usize, end: usize| {
                 let all = whole.factors(Values::F32(&whole.b));
                 let b = MatrixB { values: all.b.values.skip(all.b.index(first, 0)), ..all.b };
                 Factors { k: end - first, a: MatrixA { values: &all.a.values[first..], ..all.a }, b }
             };
-            let parts = [term(0, DEPTH), term(DEPTH, 3 * DEPTH), term(3 * DEPTH, whole.k)];
-            assert_eq!(sum(2, m, n, &parts), whole.run(1, Values::F32(&whole.b)));
+            let parts = [term(0, depth), term(depth, 3 * depth), term(3 * depth, whole.k)];
+            assert_eq!(sum(way, 2, m, n, &parts), whole.run(way, 1, Values::F32(&whole.b)));
         }
     }
 }
 
 #[test]
 fn serial_products_have_the_same_bits() {
-    for level in Level::available() {
-        at_level(level, || {
+    for way in Way::available() {
+        at_level(way.level, || {
             for case in cases().filter(|c| c.order == Order::Rows) {
-                let serial = Serial::new();
+                let serial = Serial::new(&way.device(1));
                 let Case { m, n, k, ref a, lda, .. } = case;
                 let product = case.factors(Values::F32(&case.b));
                 let mut b = vec![0.0; serial.packed_len(n, k)];
@@ -249,7 +263,7 @@ fn serial_products_have_the_same_bits() {
                 let (mut scratch, mut out) = (vec![0.0; serial.scratch_len(m)], vec![f32::NAN; m * n]);
                 let mut packed = Packed { m, n, k, a, lda, b: &b, accumulate: false };
                 serial.multiply(&packed, &mut scratch, &mut out, n).unwrap();
-                assert_eq!(out, case.run(2, Values::F32(&case.b)));
+                assert_eq!(out, case.run(way, 2, Values::F32(&case.b)));
                 packed.accumulate = true;
                 let twice: Vec<f64> = out.iter().map(|&v| 2.0 * v as f64).collect();
                 serial.multiply(&packed, &mut scratch, &mut out, n).unwrap();
@@ -263,45 +277,43 @@ fn serial_products_have_the_same_bits() {
 
 #[test]
 fn the_order_of_a_changes_no_bit() {
-    for level in Level::available() {
-        at_level(level, || {
-            for &(m, n, k) in SIZES {
-                let new = || Case::new(m, n, k, Layout::RowsAreInputs, 2);
-                let (rows, columns) = (new(), new().by_columns());
-                assert_eq!(columns.run(2, Values::F32(&columns.b)), rows.run(1, Values::F32(&rows.b)));
-            }
-        });
+    for way in Way::available() {
+        for &(m, n, k) in SIZES {
+            let new = || Case::new(m, n, k, Layout::RowsAreInputs, 2);
+            let (rows, columns) = (new(), new().by_columns());
+            assert_eq!(columns.run(way, 2, Values::F32(&columns.b)), rows.run(way, 1, Values::F32(&rows.b)));
+        }
     }
 }
 
 #[test]
 fn a_deep_sum_is_that_of_its_parts() {
     // Deeper than what is packed at once, so that the parts are products of their own.
-    for (m, n, depths) in [(130, 70, &[9000][..]), (200, 33, &[2000, 255, 2001, 300, 16])] {
+    let sums = [(130, 70, &[9000][..]), (200, 33, &[2000, 255, 2001, 300, 16])];
+    for (way, (m, n, depths)) in Way::available().flat_map(|way| sums.map(|sum| (way, sum))) {
         let case = |k: usize| Case::new(m, n, k, Layout::RowsAreInputs, 1);
         let cases: Vec<_> = depths.iter().map(|&k| case(k).by_columns()).collect();
         let factors: Vec<_> = cases.iter().map(|c| c.factors(Values::F32(&c.b))).collect();
-        let got = sum(2, m, n, &factors);
+        let got = sum(way, 2, m, n, &factors);
         // Few rows that are not transposed take another way, without packing beforehand.
         let rows: Vec<_> = depths.iter().map(|&k| case(k)).collect();
         let row = rows.iter().map(|c| Factors { a: c.a_from(m / 2), ..c.factors(Values::F32(&c.b)) });
-        assert_eq!(sum(1, 1, n, &row.collect::<Vec<_>>()), got[m / 2 * n..][..n]);
-        assert_eq!(sum(3, m, n, &factors), got);
+        assert_eq!(sum(way, 1, 1, n, &row.collect::<Vec<_>>()), got[m / 2 * n..][..n]);
+        assert_eq!(sum(way, 3, m, n, &factors), got);
     }
 }
 
 #[test]
 fn products_add_to_what_is_there() {
-    let cx = Context::new(&Device::cpu(2).unwrap());
-    for case in cases() {
+    for (way, case) in Way::available().flat_map(|way| cases().map(move |case| (way, case))) {
+        let cx = Context::new(&way.device(2));
         let Case { m, n, .. } = case;
         let terms = [case.factors(Values::F32(&case.b))];
-        let want: Vec<f64> = case.reference().iter().map(|v| v + 2.0).collect();
+        let want: Vec<f64> = case.reference(way).iter().map(|v| v + 2.0).collect();
         let mut out = vec![1.0; m * n];
-        gemm(&cx, &Gemm { m, n, terms: &terms, accumulate: true }, &mut out, n, |_, _, row| {
-            row.iter_mut().for_each(|v| *v += 1.0);
-        })
-        .unwrap();
+        let product = Gemm { m, n, terms: &terms, accumulate: true };
+        let add_one = |_, _, row: &mut [f32]| row.iter_mut().for_each(|v| *v += 1.0);
+        at_level(way.level, || gemm(&cx, &product, &mut out, n, add_one)).unwrap();
         for (got, want) in out.iter().zip(&want) {
             assert!((f64::from(*got) - want).abs() <= 1e-6 * (1.0 + case.k as f64));
         }
@@ -312,7 +324,8 @@ fn products_add_to_what_is_there() {
 fn the_epilogue_sees_every_element_once() {
     for (m, n, k) in [(5, 70, 20), (700, 50, 260), (130, 300, 0)] {
         let case = Case::new(m, n, k, Layout::RowsAreOutputs, 0);
-        let plain = case.run(1, Values::F32(&case.b));
+        let way = Way { level: simd::level(), rounded: false };
+        let plain = case.run(way, 1, Values::F32(&case.b));
         for threads in [1, 4] {
             let cx = Context::new(&Device::cpu(threads).unwrap());
             let mut out = vec![0.0; m * n];

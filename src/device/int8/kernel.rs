@@ -1,7 +1,7 @@
 //! One tile of a product, in whichever instructions the processor has for it; and how numbers are quantised.
 
 use super::{COLUMNS, GROUP, ROWS};
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::device::simd::{self, Level};
 use crate::simd_dispatch;
 
@@ -19,13 +19,15 @@ pub(super) enum Way {
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// NEON with dot products.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 impl Way {
     /// All that the processor has at [`simd::level`], poorest first.
     pub fn available() -> impl Iterator<Item = Way> {
-        let ways = [Some(Way::Plain), Self::avx2(), Self::avx_vnni(), Self::avx512_vnni()];
-        ways.into_iter().flatten()
+        std::iter::once(Way::Plain).chain(Self::beyond_plain().into_iter().flatten())
     }
 
     /// The best of them.
@@ -36,31 +38,29 @@ impl Way {
 
 #[cfg(target_arch = "x86_64")]
 impl Way {
-    fn avx2() -> Option<Way> {
-        (simd::level() >= Level::Avx2).then_some(Way::Avx2)
-    }
-
-    fn avx_vnni() -> Option<Way> {
-        (simd::level() >= Level::Avx2 && is_x86_feature_detected!("avxvnni")).then_some(Way::AvxVnni)
-    }
-
-    fn avx512_vnni() -> Option<Way> {
-        (simd::level() >= Level::Avx512 && is_x86_feature_detected!("avx512vnni")).then_some(Way::Avx512Vnni)
+    fn beyond_plain() -> [Option<Way>; 3] {
+        let avx2 = simd::level() >= Level::Avx2;
+        let avx512 = simd::level() >= Level::Avx512;
+        [
+            avx2.then_some(Way::Avx2),
+            (avx2 && is_x86_feature_detected!("avxvnni")).then_some(Way::AvxVnni),
+            (avx512 && is_x86_feature_detected!("avx512vnni")).then_some(Way::Avx512Vnni),
+        ]
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
 impl Way {
-    fn avx2() -> Option<Way> {
-        None
+    fn beyond_plain() -> [Option<Way>; 1] {
+        let dot = simd::level() >= Level::Neon && std::arch::is_aarch64_feature_detected!("dotprod");
+        [dot.then_some(Way::NeonDot)]
     }
+}
 
-    fn avx_vnni() -> Option<Way> {
-        None
-    }
-
-    fn avx512_vnni() -> Option<Way> {
-        None
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+impl Way {
+    fn beyond_plain() -> [Option<Way>; 0] {
+        []
     }
 }
 
@@ -105,6 +105,9 @@ impl Tile<'_> {
             // SAFETY: as above. It writes C from its registers.
             #[cfg(target_arch = "x86_64")]
             Way::Avx512Vnni => return unsafe { super::kernel_avx512::multiply(self) },
+            // SAFETY: as above; what `Activations` and `Packed` lay are whole tiles.
+            #[cfg(target_arch = "aarch64")]
+            Way::NeonDot => unsafe { super::kernel_neon::multiply(self, &mut sums) },
         }
         // SAFETY: this function's contract.
         unsafe { self.finish(&sums) };

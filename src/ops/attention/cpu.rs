@@ -50,7 +50,7 @@ impl Job<'_> {
         if out.is_empty() {
             return cx.check();
         }
-        let serial = Serial::new();
+        let serial = Serial::new(cx.device());
         let rows = (BLOCK_SCORES / self.keys).clamp(BLOCK_LEAST, BLOCK_MOST) / BLOCK_LEAST * BLOCK_LEAST;
         let rows = rows.min(self.queries);
         let pairs = self.samples * self.heads;

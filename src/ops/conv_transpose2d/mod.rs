@@ -14,8 +14,8 @@ use crate::ops::work;
 use crate::tensor::autograd::records;
 use crate::tensor::{DType, Tensor};
 
-/// Numbers that are held at a time: 4 MiB.
-const SCRATCH_ELEMENTS: usize = 1 << 20;
+/// Numbers that are held at a time: 16 MiB. Each group of lines packs the weight anew, which fewer lines would not pay for.
+const SCRATCH_ELEMENTS: usize = 1 << 22;
 
 /// The parameters of [`conv_transpose2d`].
 #[derive(Debug, Clone, Copy)]
@@ -247,8 +247,7 @@ mod tests {
             ([2, 4, 3, 17], [33, 3, 3], 2, 1, DType::F32),
             ([1, 3, 3, 2], [3, 5, 4], 3, 2, DType::F32),
             ([1, 6, 2, 4], [2, 3, 3], 1, 1, DType::F32),
-            ([1, 40, 33, 260], [7, 4, 4], 2, 1, DType::F32),
-            ([1, 90, 65, 120], [5, 4, 4], 2, 1, DType::F32),
+            ([1, 40, 33, 60], [7, 4, 4], 2, 1, DType::F32),
         ] {
             let x = check::random(&dims, 1);
             let weight = check::cast(&check::random(&[dims[3], o, kh, kw], 2), dtype);
@@ -265,6 +264,17 @@ mod tests {
                 conv_transpose2d(cx, &t[0], &p)
             });
         }
+    }
+
+    #[test]
+    fn bands_of_lines_do_not_show() {
+        let (dims, stride, padding) = ([1usize, 8, 300, 1000], 2, 1);
+        assert!(dims.iter().product::<usize>() * 4 > 2 * SCRATCH_ELEMENTS);
+        let x = check::random(&dims, 1);
+        let weight = check::random(&[1000, 1, 4, 4], 2);
+        let p = ConvTranspose2d { weight: &weight, bias: None, stride, padding };
+        let (out_dims, expected) = naive(&x, &p);
+        check::close(&conv_transpose2d(&check::cx(), &x, &p).unwrap(), &out_dims, &expected, 2e-6);
     }
 
     #[test]

@@ -5,12 +5,16 @@
 //! A tap outside a zero-padded image is left out. The order of a sum is that of the taps, then of the group.
 
 use super::{MAX_KERNEL, Padding, Sizes};
+use crate::device::simd::prefetch;
 use crate::ops::activation::Activation;
 use crate::ops::kernels::mul_add;
 use crate::ops::layer_norm::cpu::moments;
 
 /// Pixels done together: as many sums as hide the latency of one fused multiply-add.
 pub(super) const PIXELS: usize = 8;
+
+/// Floats of one.
+const CACHE_LINE: usize = 16;
 
 /// A register of floats. Left to itself, the compiler keeps the sums of [`block`] in memory.
 pub(super) trait Vector: Copy {
@@ -172,13 +176,26 @@ macro_rules! each_pixel {
     };
 }
 
-/// Sums of `P` pixels that lie `stride` apart in the input, over the channels of a vector from `first` on.
+/// Sums of `P` pixels that lie `stride` apart in the input, over the channels of a vector from `first` on. Asks for what
+/// lies `ahead` of their first tap, if anything does.
 #[inline(always)]
-fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &[Tap], first: usize, out: &mut [f32]) {
+fn block<V: Vector, const P: usize>(
+    job: &Job,
+    image: &[f32],
+    (taps, ahead): (&[Tap], Option<usize>),
+    first: usize,
+    out: &mut [f32],
+) {
     let Sizes { channels, groups, stride, .. } = job.shape;
     let step = stride * groups * channels;
     let farthest = (P - 1) * step + groups * channels;
     assert!(first + V::WIDTH <= channels && out.len() >= P * channels && job.bias.len() == channels);
+    if let Some(ahead) = ahead {
+        let line = image.as_ptr().wrapping_add(ahead + first);
+        for g in 0..groups {
+            each_pixel!(P, |p| prefetch(line.wrapping_add(p * step + g * channels)));
+        }
+    }
     // SAFETY: with the asserts here and in the loop, every vector lies within its slice: `first` plus the width
     // is at most `channels`, `g` is below `groups`, `p` is below `P`.
     unsafe {
@@ -200,13 +217,14 @@ fn block<V: Vector, const P: usize>(job: &Job, image: &[f32], taps: &[Tap], firs
     }
 }
 
-/// All channels of `P` neighbouring output pixels. A last vector that would not fit starts earlier: what it does
+/// All channels of `P` neighbouring output pixels; `ahead` is the place of an input pixel that rows below will begin with
+/// here. A last vector that would not fit starts earlier: what it does
 /// again, it does the same.
 #[inline(always)]
 pub(super) fn pixels<const FMA: bool, V: Vector, const P: usize>(
     job: &Job,
     image: &[f32],
-    taps: &[Tap],
+    taps: (&[Tap], Option<usize>),
     out: &mut [f32],
 ) {
     let channels = job.shape.channels;
@@ -218,6 +236,16 @@ pub(super) fn pixels<const FMA: bool, V: Vector, const P: usize>(
     }
     for i in 0..channels.div_ceil(V::WIDTH) {
         block::<V, P>(job, image, taps, (i * V::WIDTH).min(channels - V::WIDTH), out);
+    }
+}
+
+/// Asks for what [`finish`] will add to `count` numbers of the output from number `first` on.
+#[inline(always)]
+fn ask_for_residual(job: &Job, first: usize, count: usize) {
+    if let Then::Residual(_, residual) = job.then {
+        for i in (first..first + count).step_by(CACHE_LINE) {
+            prefetch(residual.as_ptr().wrapping_add(i));
+        }
     }
 }
 
@@ -266,7 +294,12 @@ fn body<const FMA: bool, V: Vector>(job: &Job, first_row: usize, out: &mut [f32]
             // A last group that would not fit starts earlier: what it does again, it does the same.
             let first = if count > 1 { x.min(outer - count) } else { x };
             let taps = Taps::of(job, y, first);
-            let taps = &taps.list[..taps.len];
+            // The row that the next output row reads for the first time: rows of images are too far apart for the
+            // processor to foresee.
+            let next = place(y * stride + stride, kernel - 1, kernel, height, Padding::Zero);
+            let ahead = next.map(|row| (row * width + first * stride) * groups * channels);
+            let taps = (&taps.list[..taps.len], ahead);
+            ask_for_residual(job, (row * out_width + first) * channels, count * channels);
             let out = &mut out[first * channels..(first + count) * channels];
             match count {
                 PIXELS => pixels::<FMA, V, PIXELS>(job, image, taps, out),

@@ -21,6 +21,12 @@ use crate::tensor::{DType, Tensor};
 /// The largest kernel: 7 x 7.
 pub const MAX_KERNEL: usize = 7;
 
+/// Tasks per thread that even out threads of unequal speed.
+const TASKS_PER_THREAD: usize = 4;
+
+/// The most output rows of a task, unless they are short.
+const MOST_ROWS: usize = 16;
+
 /// What lies beyond the edge of the image, `k/2` pixels deep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Padding {
@@ -106,11 +112,16 @@ pub fn depthwise_conv(cx: &Context, x: &Tensor, skip: Option<&Tensor>, p: &Depth
 }
 
 impl DepthwiseConv<'_> {
-    /// What follows is not counted: it works on what is at hand.
+    /// Of what follows only a residual is read anew: the rest works on what is at hand.
     fn work(&self, x: &Tensor, skip: Option<&Tensor>, shape: Sizes) -> Work {
         let pixels = (x.dims()[0] * shape.out_height * shape.out_width) as u64;
         let flops = 2 * pixels * self.weight.elements() as u64;
-        let read = work::moving(&[x, self.weight]).bytes + skip.map_or(0, |skip| work::moving(&[skip]).bytes);
+        let residual = match self.then {
+            Then::ScaledResidual { residual, .. } => Some(residual),
+            _ => None,
+        };
+        let others = [skip, residual].into_iter().flatten().map(|other| work::moving(&[other]).bytes);
+        let read = work::moving(&[x, self.weight]).bytes + others.sum::<u64>();
         Work { flops, bytes: read + pixels * shape.channels as u64 * x.dtype().size() as u64 }
     }
 }
@@ -142,11 +153,17 @@ fn convolve_on_host(
     };
     let mut out = Tensor::new(cx, "depthwise convolution", &dims, DType::F32)?;
     let row = shape.out_width * shape.channels;
-    let rows = kernels::rows_per_task(row);
+    let rows = rows_per_task(cx, dims[0] * dims[1], row);
     kernels::parallel_chunks(cx, out.slice_mut()?, rows * row, |i, part| {
         cpu::rows(&job, i * rows, part);
     })?;
     Ok(out)
+}
+
+/// Output rows of a task: neighbours, so that each input row is fetched once and not once for every row of the kernel.
+fn rows_per_task(cx: &Context, rows: usize, row: usize) -> usize {
+    let even = rows.div_ceil(TASKS_PER_THREAD * cx.device().threads());
+    kernels::rows_per_task(row).max(even.min(MOST_ROWS))
 }
 
 impl Then<'_> {

@@ -25,30 +25,51 @@ pub fn moments<const FMA: bool>(x: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (var + eps).sqrt())
 }
 
+/// One row, of which each number comes with the place of its result.
+#[inline(always)]
+fn write<'a, const FMA: bool>(
+    p: &Rows,
+    (mean, inverse): (f32, f32),
+    row: impl Iterator<Item = (f32, &'a mut f32)>,
+) {
+    match p.affine {
+        None => {
+            let factor = inverse * p.scale;
+            for (x, y) in row {
+                *y = mul_add::<FMA>(x - mean, factor, p.shift);
+            }
+        }
+        Some((weight, bias)) => {
+            for ((x, y), (w, b)) in row.zip(weight.iter().zip(bias)) {
+                let normal = mul_add::<FMA>((x - mean) * inverse, *w, *b);
+                *y = mul_add::<FMA>(normal, p.scale, p.shift);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn body<const FMA: bool>(p: &Rows, x: &[f32], out: &mut [f32]) {
     for (x, out) in x.chunks_exact(p.channels).zip(out.chunks_exact_mut(p.channels)) {
-        let (mean, inverse) = moments::<FMA>(x, p.eps);
-        match p.affine {
-            None => {
-                let factor = inverse * p.scale;
-                for (y, x) in out.iter_mut().zip(x) {
-                    *y = mul_add::<FMA>(x - mean, factor, p.shift);
-                }
-            }
-            Some((weight, bias)) => {
-                for ((y, x), (w, b)) in out.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
-                    let normal = mul_add::<FMA>((x - mean) * inverse, *w, *b);
-                    *y = mul_add::<FMA>(normal, p.scale, p.shift);
-                }
-            }
-        }
+        write::<FMA>(p, moments::<FMA>(x, p.eps), x.iter().copied().zip(out));
     }
 }
 
 kernels::per_cpu! {
     /// Normalises whole rows.
     pub fn normalize_rows(p: &Rows, x: &[f32], out: &mut [f32]) = body
+}
+
+#[inline(always)]
+fn body_in_place<const FMA: bool>(p: &Rows, x: &mut [f32]) {
+    for row in x.chunks_exact_mut(p.channels) {
+        write::<FMA>(p, moments::<FMA>(row, p.eps), row.iter_mut().map(|y| (*y, y)));
+    }
+}
+
+kernels::per_cpu! {
+    /// As [`normalize_rows`], where they lie.
+    pub fn normalize_rows_in_place(p: &Rows, x: &mut [f32]) = body_in_place
 }
 
 /// `dx = f (dn - mean(dn) - n mean(dn n))` with `n = (x - mean) inverse`, `dn = g w` and `f = inverse * scale`.

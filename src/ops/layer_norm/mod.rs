@@ -10,7 +10,7 @@ use crate::device::Context;
 use crate::error::Result;
 use crate::ops::kernels;
 use crate::ops::work;
-use crate::tensor::autograd::record;
+use crate::tensor::autograd::{record, records};
 use crate::tensor::{DType, Tensor};
 
 /// The parameters of [`layer_norm`].
@@ -42,6 +42,32 @@ impl Default for LayerNorm<'_> {
 /// or shift not one.
 pub fn layer_norm(cx: &Context, x: &Tensor, p: &LayerNorm) -> Result<Tensor> {
     let _span = cx.op("layer_norm").working(|| work::moving(&[x, x]));
+    apart(cx, x, p)
+}
+
+/// [`layer_norm`] of what is not needed afterwards: on the CPU in place if nobody else owns the memory of `x` and no tape
+/// records.
+///
+/// # Errors
+/// As [`layer_norm`].
+pub fn layer_norm_in_place(cx: &Context, x: Tensor, p: &LayerNorm) -> Result<Tensor> {
+    let _span = cx.op("layer_norm").working(|| work::moving(&[&x, &x]));
+    let (weight, bias) = p.affine.unzip();
+    if cx.cuda()?.is_some() || records(cx, &[Some(&x), weight, bias, p.scale, p.shift]) {
+        return apart(cx, &x, p);
+    }
+    let channels = x.shape().channels();
+    let held = Held::new(cx, p, channels)?;
+    let rows = held.rows(channels)?;
+    let chunk = kernels::rows_per_task(channels) * channels;
+    let out = kernels::in_place(cx, "layer norm", x, chunk, |_, part| {
+        cpu::normalize_rows_in_place(&rows, part);
+    })?;
+    Ok(out.constant())
+}
+
+/// [`layer_norm`] into memory of its own, without a span.
+fn apart(cx: &Context, x: &Tensor, p: &LayerNorm) -> Result<Tensor> {
     let out = match cx.cuda()? {
         Some(stream) => cuda::normalize(cx, stream, x, p)?,
         None => {

@@ -40,6 +40,17 @@ fn agrees_with_the_definition() {
             let p = LayerNorm { eps: 1e-5, affine, scale: Some(&scale), shift: Some(&shift) };
             let y = check::on_batch(&x, |cx, x, _, _| layer_norm(cx, x, &p));
             check::close(&y, dims, &naive(&check::wide(&x), c, &p), 2e-6);
+            let in_place = |x: Tensor| layer_norm_in_place(&check::cx(), x, &p).unwrap();
+            let apart = layer_norm(&check::cx(), &x, &p).unwrap();
+            // Shared memory is not overwritten, that of one owner is.
+            let before = check::wide(&x);
+            assert_eq!(check::wide(&in_place(x.clone())), check::wide(&apart));
+            assert_eq!(check::wide(&x), before);
+            let own = check::random(dims, 1);
+            let address = own.slice::<f32>().unwrap().as_ptr();
+            let y = in_place(own);
+            assert_eq!(y.slice::<f32>().unwrap().as_ptr(), address);
+            assert_eq!(check::wide(&y), check::wide(&apart));
         }
     }
 }
@@ -122,6 +133,10 @@ fn gradients() {
             layer_norm(cx, &t[0], &LayerNorm { eps: 1e-3, ..LayerNorm::default() })
         };
         check::gradients(&all[..1], plain, |t| definition(t, None, 0.0, 0.0, c));
+        let in_place = |cx: &Context, t: &[Tensor]| {
+            layer_norm_in_place(cx, t[0].clone(), &LayerNorm { eps: 1e-3, ..LayerNorm::default() })
+        };
+        check::gradients(&all[..1], in_place, |t| definition(t, None, 0.0, 0.0, c));
         // A constant x: only what the rows share has a gradient.
         let constant = |cx: &Context, t: &[Tensor]| of_all(cx, &[&[all[0].constant()], t].concat());
         let x = check::wide(&all[0]);

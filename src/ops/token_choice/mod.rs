@@ -15,8 +15,9 @@ use crate::ops::work;
 use crate::tensor::autograd::refuse;
 use crate::tensor::{DType, Tensor};
 
-/// Logits that are held at a time, for each of the two branches: 4 MiB.
-const SCRATCH_ELEMENTS: usize = 1 << 20;
+/// Logits that are held at a time, for each of the two branches: 8 MiB. Each group of rows packs the weight anew, which fewer
+/// rows would not pay for; more rows would not stay in cache.
+const SCRATCH_ELEMENTS: usize = 1 << 21;
 
 /// In the place of a token whose logits are not all finite numbers.
 pub const NO_TOKEN: i64 = -1;

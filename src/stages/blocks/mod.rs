@@ -19,11 +19,13 @@ pub use run::{Blocks, Injection, Invariants, Joined, Joining, RunConfig, attend}
 use crate::device::Context;
 use crate::error::Result;
 use crate::nn::{Linear, Params};
-use crate::ops::layer_norm::{LayerNorm, layer_norm};
+use crate::ops::layer_norm::{LayerNorm, layer_norm, layer_norm_in_place};
 use crate::tensor::{DType, Tensor};
 
 /// All LayerNorms of these networks: over channels, without weights.
 pub const NORM_EPS: f32 = 1e-6;
+
+const CHANNEL_NORM: LayerNorm = LayerNorm { eps: NORM_EPS, affine: None, scale: None, shift: None };
 
 /// Times in 0..1 are spread over as many positions before they are embedded.
 const TIME_POSITIONS: f32 = 10_000.0;
@@ -33,7 +35,15 @@ const TIME_POSITIONS: f32 = 10_000.0;
 /// # Errors
 /// `OutOfMemory`; `Cancelled`.
 pub fn channel_norm(cx: &Context, x: &Tensor) -> Result<Tensor> {
-    layer_norm(cx, x, &LayerNorm { eps: NORM_EPS, ..LayerNorm::default() })
+    layer_norm(cx, x, &CHANNEL_NORM)
+}
+
+/// [`channel_norm`] of what is not needed afterwards, in its memory where that is possible.
+///
+/// # Errors
+/// `OutOfMemory`; `Cancelled`.
+pub fn channel_norm_in_place(cx: &Context, x: Tensor) -> Result<Tensor> {
+    layer_norm_in_place(cx, x, &CHANNEL_NORM)
 }
 
 /// The sinusoidal embedding of times: concat(sin(t f), cos(t f)), f_i = exp(-i ln(10000) / (width/2 - 1)), a

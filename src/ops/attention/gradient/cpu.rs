@@ -75,7 +75,8 @@ pub fn run(cx: &Context, job: &Job, gradient: &[f32], outputs: Outputs) -> Resul
         segments: outputs.segments.into_iter().map(|[k, v]| [shared(k), shared(v)]).collect(),
     };
     let depth = job.width / job.heads;
-    let pass = Pass { job, gradient, out, serial: Serial::new(), rows: rows.min(job.queries), depth };
+    let pass =
+        Pass { job, gradient, out, serial: Serial::new(cx.device()), rows: rows.min(job.queries), depth };
     let pairs = job.samples * job.heads;
     let lengths = pass.lengths()?;
     let scratch = Scratch::new(cx.device(), "attention gradient", pairs, lengths.iter().sum())?;

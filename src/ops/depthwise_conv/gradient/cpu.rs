@@ -87,9 +87,9 @@ fn input_body<const FMA: bool, V: Vector>(p: &InputJob, first_row: usize, out: &
             }
             let out = &mut out[first * channels..(first + count) * channels];
             match count {
-                PIXELS => pixels::<FMA, V, PIXELS>(&p.job, image, &taps[..len], out),
-                1 => pixels::<FMA, V, 1>(&p.job, image, &taps[..len], out),
-                _ => pixels::<FMA, V, { PIXELS / 2 }>(&p.job, image, &taps[..len], out),
+                PIXELS => pixels::<FMA, V, PIXELS>(&p.job, image, (&taps[..len], None), out),
+                1 => pixels::<FMA, V, 1>(&p.job, image, (&taps[..len], None), out),
+                _ => pixels::<FMA, V, { PIXELS / 2 }>(&p.job, image, (&taps[..len], None), out),
             }
             x = first + count;
         }

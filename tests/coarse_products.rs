@@ -1,4 +1,5 @@
-//! Products in eight bits on the CPU, seen from outside: how far results move, what stays the same, what is refused.
+//! Products with factors in bf16 and in eight bits on the CPU, seen from outside: how far results move, what stays the
+//! same, what is refused.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -8,6 +9,7 @@ mod folder;
 use std::path::Path;
 
 use folder::{bare, distance, emoji, picture, short, tiny, v2};
+use wuerstchen::device::gemm::multiplies_bf16;
 use wuerstchen::training::{Goal, TrainOptions};
 use wuerstchen::{DType, Error, GenerateOptions, Model, ModelOptions, Residency, Stage, Tensor};
 
@@ -19,9 +21,11 @@ fn open(path: &Path, dtype: DType, threads: u32) -> Model {
     Model::open(path, &options).unwrap()
 }
 
-/// The bundled model, exact and in eight bits.
-fn both() -> [Model; 2] {
-    [DType::F32, DType::I8].map(|dtype| open(&emoji(), dtype, 2))
+/// The bundled model, exact, and in every coarser type that this processor has instructions for.
+fn all() -> (Model, Vec<(DType, Model)>) {
+    let coarse =
+        [DType::BF16, DType::I8].into_iter().filter(|&dtype| dtype == DType::I8 || multiplies_bf16());
+    (open(&emoji(), DType::F32, 2), coarse.map(|dtype| (dtype, open(&emoji(), dtype, 2))).collect())
 }
 
 /// The norm of the difference, relative to what is right.
@@ -35,72 +39,85 @@ fn error(found: &Tensor, right: &Tensor) -> f64 {
 const PROMPTS: [&str; 4] = ["a red apple", "a yellow face", "a blue heart", "a green leaf"];
 
 #[test]
-fn one_step_of_stage_c_moves_little() {
-    let [exact, coarse] = both();
+fn texts_and_one_step_of_stage_c_move_little() {
+    let (exact, coarse) = all();
     let text = exact.encode_text(Stage::C, &PROMPTS).unwrap();
-    assert_eq!(text.bytes().unwrap(), coarse.encode_text(Stage::C, &PROMPTS).unwrap().bytes().unwrap());
+    for (dtype, model) in &coarse {
+        let moved = error(&model.encode_text(Stage::C, &PROMPTS).unwrap(), &text);
+        println!("text in {dtype}: {moved:.5}");
+        assert_eq!(moved > 0.0, multiplies_bf16(), "{dtype}: {moved}");
+        assert!(moved < 0.02, "{dtype}: {moved}");
+    }
     let numbers: Vec<f32> = (0..4 * 9 * 16).map(|i| ((i * 7919 % 1000) as f32 / 500.0 - 1.0) * 1.7).collect();
     let noised = Tensor::from_slice(&[4, 3, 3, 16], &numbers).unwrap();
     for time in [0.9f32, 0.5, 0.1] {
         let t = Tensor::from_slice(&[4], &[time; 4]).unwrap();
-        let [right, found] = [&exact, &coarse].map(|m| m.stage_c_predict(&noised, &t, &text).unwrap());
-        let moved = error(&found, &right);
-        println!("Stage C at t = {time}: {moved:.5}");
-        assert!((1e-5..0.02).contains(&moved), "{time}: {moved}");
+        let right = exact.stage_c_predict(&noised, &t, &text).unwrap();
+        for (dtype, model) in &coarse {
+            let moved = error(&model.stage_c_predict(&noised, &t, &text).unwrap(), &right);
+            println!("Stage C in {dtype} at t = {time}: {moved:.5}");
+            assert!((1e-5..0.02).contains(&moved), "{dtype} at {time}: {moved}");
+        }
     }
 }
 
 #[test]
 fn a_walk_of_stage_c_and_the_tokens_of_stage_b_move_little() {
-    let [exact, coarse] = both();
+    let (exact, coarse) = all();
     let texts = [Stage::C, Stage::B].map(|stage| exact.encode_text(stage, &PROMPTS).unwrap());
     let options = |model: &Model| {
         let mut options = GenerateOptions::new(model).unwrap();
         options.set_seed(3).unwrap();
         options
     };
-    let [right, found] =
-        [&exact, &coarse].map(|m| m.stage_c_sample(&texts[0], None, None, &options(m)).unwrap());
-    let moved = error(&found, &right);
-    println!("Stage C, the whole walk: {moved:.5}");
-    assert!((1e-5..0.05).contains(&moved), "{moved}");
+    let walk = |m: &Model| m.stage_c_sample(&texts[0], None, None, &options(m)).unwrap();
+    let right = walk(&exact);
+    let choose = |m: &Model| m.stage_b_sample(&right, &texts[1], None, &options(m)).unwrap();
+    let tokens = choose(&exact);
+    for (dtype, model) in &coarse {
+        let moved = error(&walk(model), &right);
+        println!("Stage C in {dtype}, the whole walk: {moved:.5}");
+        assert!((1e-5..0.05).contains(&moved), "{dtype}: {moved}");
 
-    let [tokens, others] =
-        [&exact, &coarse].map(|m| m.stage_b_sample(&right, &texts[1], None, &options(m)).unwrap());
-    let pairs = tokens.slice::<i64>().unwrap().iter().zip(others.slice::<i64>().unwrap());
-    let differing = pairs.filter(|(a, b)| a != b).count() as f64 / tokens.elements() as f64;
-    println!("Stage B, tokens that differ: {differing:.4}");
-    let pixels = [tokens, others].map(|tokens| exact.stage_a_decode(&tokens).unwrap());
-    println!("and their pixels: {:.5}", error(&pixels[1], &pixels[0]));
-    assert!(differing < 0.25, "{differing}");
-    assert!(error(&pixels[1], &pixels[0]) < 0.1);
+        let others = choose(model);
+        let pairs = tokens.slice::<i64>().unwrap().iter().zip(others.slice::<i64>().unwrap());
+        let differing = pairs.filter(|(a, b)| a != b).count() as f64 / tokens.elements() as f64;
+        println!("Stage B in {dtype}, tokens that differ: {differing:.4}");
+        let [others, tokens] = [&others, &tokens].map(|tokens| exact.stage_a_decode(tokens).unwrap());
+        println!("and their pixels: {:.5}", error(&others, &tokens));
+        assert!(differing < 0.25, "{dtype}: {differing}");
+        assert!(error(&others, &tokens) < 0.1, "{dtype}");
+    }
 }
 
 #[test]
 fn threads_batches_and_calls_before_change_no_bit() {
-    let alone = open(&emoji(), DType::I8, 1);
-    let expected: Vec<_> = PROMPTS.map(|prompt| picture(&alone, &short(&alone, prompt))).into();
-    let model = open(&emoji(), DType::I8, 3);
-    for _ in 0..2 {
-        let mut options = bare(&model);
-        for prompt in PROMPTS {
-            options.add_prompt(prompt, None).unwrap();
+    for dtype in [DType::BF16, DType::I8] {
+        let alone = open(&emoji(), dtype, 1);
+        let expected: Vec<_> = PROMPTS.map(|prompt| picture(&alone, &short(&alone, prompt))).into();
+        let model = open(&emoji(), dtype, 3);
+        for _ in 0..2 {
+            let mut options = bare(&model);
+            for prompt in PROMPTS {
+                options.add_prompt(prompt, None).unwrap();
+            }
+            let first = &model.generate(&options).unwrap()[0];
+            assert_eq!(first.data(), expected[0].data());
+            for (prompt, expected) in PROMPTS.iter().zip(&expected) {
+                assert_eq!(picture(&model, &short(&model, prompt)).data(), expected.data());
+            }
         }
-        let first = &model.generate(&options).unwrap()[0];
-        assert_eq!(first.data(), expected[0].data());
-        for (prompt, expected) in PROMPTS.iter().zip(&expected) {
-            assert_eq!(picture(&model, &short(&model, prompt)).data(), expected.data());
-        }
+        let exact = open(&emoji(), DType::F32, 2);
+        let moved = distance(&picture(&exact, &short(&exact, PROMPTS[0])), &expected[0]);
+        assert_eq!(moved > 0.0, dtype == DType::I8 || multiplies_bf16(), "{dtype}: {moved}");
+        assert!(moved < 20.0, "{dtype}: {moved}");
     }
-    let exact = open(&emoji(), DType::F32, 2);
-    let moved = distance(&picture(&exact, &short(&exact, PROMPTS[0])), &expected[0]);
-    assert!(moved > 0.0 && moved < 20.0, "{moved}");
 }
 
 #[test]
 fn models_of_every_generation_draw() {
-    for path in [tiny(), v2("model")] {
-        let model = open(&path, DType::I8, 2);
+    for (path, dtype) in [tiny(), v2("model")].iter().flat_map(|p| [DType::BF16, DType::I8].map(|t| (p, t))) {
+        let model = open(path, dtype, 2);
         picture(&model, &short(&model, "a cat"));
     }
 }
@@ -131,6 +148,15 @@ fn what_computes_otherwise_refuses() {
     let mut options = ModelOptions::default();
     for dtype in [DType::I64, DType::U8] {
         assert!(matches!(options.set_compute_dtype(dtype), Err(Error::InvalidArgument { .. })));
+    }
+    options.set_compute_dtype(DType::F16).unwrap();
+    options.set_device("cpu").unwrap();
+    match Model::open(&emoji(), &options).err().unwrap() {
+        error @ Error::Unsupported { .. } => {
+            let text = error.to_string();
+            assert!(["compute_dtype", "F16", "CPU"].iter().all(|word| text.contains(word)), "{text}");
+        }
+        other => panic!("{other}"),
     }
     options.set_compute_dtype(DType::I8).unwrap();
     options.set_device("cuda:0").unwrap();
