@@ -1,11 +1,12 @@
-//! GFLOP/s of matrix products against the multiply-add peak of the processor, measured in the same run.
+//! GFLOP/s of matrix products against the multiply-add peak of the processor, measured in the same run: with factors in
+//! f32, from weights of several kinds, and rounded to bf16 (of weights in bf16) where the processor can.
 //!
 //! `cargo bench --bench gemm [-- THREADS [avx512|avx2|baseline [M]]]`
 
 use std::time::{Duration, Instant};
 
-use half::f16;
-use wuerstchen::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values, gemm};
+use half::{bf16, f16};
+use wuerstchen::device::gemm::{Factors, Gemm, Layout, MatrixA, MatrixB, Values, gemm, multiplies_bf16};
 use wuerstchen::device::simd::{self, Level};
 use wuerstchen::{Context, DType, Device, Result, Tensor};
 
@@ -42,8 +43,13 @@ fn rates(cx: &Context, flops: f64, body: impl FnOnce() -> Result<()>) -> Result<
 /// The multiply-add rates of all threads just now.
 fn peak(cx: &Context) -> Result<[f64; 2]> {
     let threads = cx.device().threads();
-    let flops = (threads * PEAK_STEPS * 384 * 2) as f64;
-    rates(cx, flops, || cx.parallel(threads, |_| simd::multiply_add_rounds(PEAK_STEPS)))
+    let (each, rounds): (_, fn(usize)) = if cx.device().rounds_factors() {
+        (768, simd::multiply_add_bf16_rounds)
+    } else {
+        (384, simd::multiply_add_rounds)
+    };
+    let flops = (threads * PEAK_STEPS * each * 2) as f64;
+    rates(cx, flops, || cx.parallel(threads, |_| rounds(PEAK_STEPS)))
 }
 
 /// The best rates of a product and of the peak, measured in turn: others on the machine disturb these least.
@@ -53,6 +59,7 @@ fn product(cx: &Context, (m, depths, n): (usize, &[usize], usize), kind: &str) -
     a.slice_mut::<f32>()?.iter_mut().enumerate().for_each(|(i, v)| *v = (i % 17) as f32 * 0.1 - 0.8);
     let b: Vec<f32> = (0..n * k).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect();
     let half: Vec<f16> = b.iter().map(|&v| f16::from_f32(v)).collect();
+    let brain: Vec<bf16> = b.iter().map(|&v| bf16::from_f32(v)).collect();
     let mut out = Tensor::new(cx, "out", &[m, n], DType::F32)?;
     let out = out.slice_mut::<f32>()?;
     let a = a.slice()?;
@@ -63,6 +70,7 @@ fn product(cx: &Context, (m, depths, n): (usize, &[usize], usize), kind: &str) -
         before += k;
         let (values, layout, leading) = match kind {
             "f16" => (Values::F16(&half), Layout::RowsAreOutputs, k),
+            "bf16" => (Values::BF16(&brain), Layout::RowsAreOutputs, k),
             "f32 [K,N]" => (Values::F32(&b), Layout::RowsAreInputs, n),
             _ => (Values::F32(&b), Layout::RowsAreOutputs, k),
         };
@@ -94,6 +102,7 @@ fn main() -> Result<()> {
         _ => {}
     }
     let cx = Context::new(&Device::cpu(threads)?);
+    let rounded = Context::new(&Device::cpu_in_bf16(threads)?);
     println!("{:?}, {} threads", simd::level(), cx.device().threads());
     println!(
         "GFLOP/s of those that multiply-adds reach, share by the clock (with one thread, by processor time too)"
@@ -104,9 +113,15 @@ fn main() -> Result<()> {
         let (m, depths, n) = shape;
         let k = depths.iter().map(usize::to_string).collect::<Vec<_>>().join("+");
         print!("M {m:5} K {k:>6} N {n:4}");
-        for kind in ["f32", "f16", "f32 [K,N]"] {
-            let [speed, peak] = product(&cx, shape, kind)?;
-            highest = highest.max(peak[0]);
+        for kind in ["f32", "f16", "f32 [K,N]", "bf16"] {
+            let cx = if kind == "bf16" { &rounded } else { &cx };
+            if cx.device().rounds_factors() && !multiplies_bf16() {
+                continue;
+            }
+            let [speed, peak] = product(cx, shape, kind)?;
+            if kind != "bf16" {
+                highest = highest.max(peak[0]);
+            }
             print!(" | {kind} {:5.1} of {:5.1} {:3.0}%", speed[0], peak[0], speed[0] / peak[0] * 100.0);
             if threads == 1 {
                 print!(" {:3.0}%", speed[1] / peak[1] * 100.0);

@@ -2,14 +2,14 @@
 """Times the library beside its rival, part by part, and writes a dated record.
 
     python3 benches/run.py [--generation 1|2] [--model DIR] [--parts text,c,b,a] [--threads 1,2] [--repeats N]
-                           [--rounds N] [--dtype f32|bf16|i8] [--no-record]
+                           [--rounds N] [--weights f32|bf16] [--dtype f32,i8] [--no-record]
 
 The rival is eager PyTorch: for v1 the networks of `tests/reference/torch_v1.py`, for v2 diffusers' own. Per part and
 thread count the two run in turn (ours, rival, ours, rival), each in a process of its own, on the same weights. The
 table gives the median and the minimum of all timed passes; the ratio is ours / rival of the medians, below 1 where the
-library is faster. With --dtype i8 the library computes the products of its blocks in eight bits; the rival stays in
-float32. With --dtype bf16 weights are stored so: the library computes in float32 all the same, the rival in bfloat16. Other load on the machine during each process is measured and shown: where it is much, the record
-says so. For v2 a decoder step that computes everything itself is timed too, beside what is computed once.
+library is faster. --weights is the type of the weights on disk, in which the rival computes as well; --dtype has one or
+more types that the library computes in, each timed beside the one rival. Other load on the machine during each process
+is measured and shown: where it is much, the record says so. For v2 a decoder step that computes everything itself is timed too, beside what is computed once.
 
 The model folder (random weights at the published size) is made under build/bench-model or build/bench-model-v2 if it
 is missing; one that is given with --model says itself of which generation it is. The Python side needs `pip install -r
@@ -63,7 +63,8 @@ GENERATIONS = {
         },
     ),
 }  # fmt: skip
-RIVAL_DTYPES = {"f32": "float32", "bf16": "bfloat16", "i8": "float32"}
+RIVAL_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # by --weights
+DTYPES = ["f32", "bf16", "i8"]
 BUSY_LIMIT = 0.1  # cores of other load above which a record is marked
 
 
@@ -116,11 +117,11 @@ def ensure_model(model, about, dtype):
 
 
 class Row:
-    """All timed passes of a part at a thread count."""
+    """All timed passes of a part at a thread count: the library's in one type, and the rival's."""
 
-    def __init__(self, part, threads):
-        self.part, self.threads = part, threads
-        self.reports = {"ours": [], "rival": []}
+    def __init__(self, part, threads, dtype, rival_reports):
+        self.part, self.threads, self.dtype = part, threads, dtype
+        self.reports = {"ours": [], "rival": rival_reports}
 
     def seconds(self, who):
         """(median, minimum) of the timed passes of all rounds."""
@@ -138,37 +139,34 @@ class Row:
         return max(0.0, sum(r["others_s"] for r in reports) / sum(r["wall_s"] for r in reports))
 
 
-def compute_dtype(args):
-    """What ours computes in."""
-    return "i8" if args.dtype == "i8" else "f32"
-
-
 def measure(args, about, stages):
     rows = []
     for threads in args.threads:
         for part in args.parts:
-            row = Row(part, threads)
+            rival_reports = []
+            these = [Row(part, threads, dtype, rival_reports) for dtype in args.dtype]
             common = ["--model", args.model, "--part", part, "--threads", threads, "--repeats", args.repeats]
             for _ in range(args.rounds):
-                row.reports["ours"].append(run([stages, *common, "--dtype", compute_dtype(args)]))
-                row.reports["rival"].append(run([python(), about.rival, *common, "--dtype", RIVAL_DTYPES[args.dtype]]))
-            rows.append(row)
-            print(table([row], args.model, about), file=sys.stderr)
+                for row in these:
+                    row.reports["ours"].append(run([stages, *common, "--dtype", row.dtype]))
+                rival_reports.append(run([python(), about.rival, *common, "--dtype", RIVAL_DTYPES[args.weights]]))
+            rows += these
+            print(table(these, args.model, about), file=sys.stderr, flush=True)
     return rows
 
 
 def table(rows, model, about):
     counts, name = gflop(model), about.rival_name
     lines = [
-        f"| part | threads | ours: median (min), s | {name}: median (min), s | ours / {name} "
+        f"| part | threads | ours in | ours: median (min), s | {name}: median (min), s | ours / {name} "
         f"| ours, GFLOP/s | {name}, GFLOP/s | ours: peak, MiB | {name}: peak, MiB | other load, cores |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         (ours, ours_min), (rival, rival_min) = row.seconds("ours"), row.seconds("rival")
         whole, spared = counts[row.part]
         lines.append(
-            f"| {about.parts[row.part]} | {row.threads} | {ours:.3f} ({ours_min:.3f}) | {rival:.3f} ({rival_min:.3f}) "
+            f"| {about.parts[row.part]} | {row.threads} | {row.dtype} | {ours:.3f} ({ours_min:.3f}) | {rival:.3f} ({rival_min:.3f}) "
             f"| **{ours / rival:.2f}** | {(whole - spared) / ours_min:.0f} | {whole / rival_min:.0f} "
             f"| {row.peak('ours'):.0f} | {row.peak('rival'):.0f} | {row.other_load():.2f} |"
         )
@@ -176,10 +174,10 @@ def table(rows, model, about):
 
 
 def memory_section(args, stages):
-    """Opening, and what a generation needs; ours alone."""
+    """Opening, and what a generation needs; ours alone, in the first of the types."""
     opened = run([stages, "--model", args.model, "--part", "open"])
     threads = max(args.threads)
-    made = run([stages, "--model", args.model, "--part", "generate", "--threads", threads, "--dtype", compute_dtype(args)])
+    made = run([stages, "--model", args.model, "--part", "generate", "--threads", threads, "--dtype", args.dtype[0]])
     tokenizer = opened["tokenizer_s"]
     second = made["second"]
     return "\n".join([
@@ -261,7 +259,7 @@ def record(args, about, rows, memory, peak):
         f"- ours: {first_line('git', 'rev-parse', '--short', 'HEAD')}{changed}, {first_line('rustc', '--version')}",
         f"- rival: eager PyTorch {rival['torch']} ({rival['instruction_set']}, oneDNN {rival['mkldnn']}), "
         f"Python {platform.python_version()}, {about.networks}",
-        f"- method: `benches/run.py`, ours {args.dtype}, rival {RIVAL_DTYPES[args.dtype]}, {args.rounds} rounds of "
+        f"- method: `benches/run.py`, weights {args.weights}, rival {RIVAL_DTYPES[args.weights]}, {args.rounds} rounds of "
         f"{args.repeats} passes each after a warm-up, in turn; GFLOP/s from the minimum, by the formulas of "
         "`benches/flops.py`; a step of ours does not "
         "repeat what stays the same between steps, and is credited only with what it does",
@@ -279,7 +277,7 @@ def record(args, about, rows, memory, peak):
     ]
     RECORDS.mkdir(exist_ok=True)
     slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    kind = ("" if args.generation == 1 else f"-v{args.generation}") + ("" if args.dtype == "f32" else f"-{args.dtype}")
+    kind = ("" if args.generation == 1 else f"-v{args.generation}") + ("" if args.weights == "f32" else f"-{args.weights}")
     path = RECORDS / f"{datetime.date.today()}-{slug}{kind}.md"
     path.write_text("\n".join(lines))
     return path
@@ -293,7 +291,8 @@ def main():
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dtype", choices=list(RIVAL_DTYPES), default="f32")
+    parser.add_argument("--weights", choices=list(RIVAL_DTYPES), default="f32")
+    parser.add_argument("--dtype", type=lambda text: text.split(","), default=DTYPES)
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
 
@@ -304,13 +303,15 @@ def main():
         args.generation = found
     args.generation = args.generation or 1
     about = GENERATIONS[args.generation]
-    made = about.model.with_name(about.model.name + "-bf16") if args.dtype == "bf16" else about.model
+    made = about.model.with_name(about.model.name + "-bf16") if args.weights == "bf16" else about.model
     args.model, args.parts = args.model or made, args.parts or list(about.parts)
     if unknown := set(args.parts) - set(about.parts):
         parser.error(f"--parts: expected some of {','.join(about.parts)}, found {','.join(sorted(unknown))}")
+    if unknown := set(args.dtype) - set(DTYPES):
+        parser.error(f"--dtype: expected some of {','.join(DTYPES)}, found {','.join(sorted(unknown))}")
 
     stages = build_bench("stages")
-    ensure_model(args.model, about, "bf16" if args.dtype == "bf16" else "f32")
+    ensure_model(args.model, about, args.weights)
     peak = gemm_peak()
     rows = measure(args, about, stages)
     memory = memory_section(args, stages)

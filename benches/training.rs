@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench training -- --model DIR --part a|b|c [--batch N] [--size PX] [--threads N] [--repeats N]
+//!                               [--dtype f32|f16|bf16] [--recompute]
 //! ```
 //!
 //! A step is everything from prepared samples (latents and tokens of frozen networks are made before) to changed
@@ -27,6 +28,7 @@ struct Arguments {
     threads: u32,
     repeats: usize,
     recompute: bool,
+    dtype: String,
 }
 
 impl Arguments {
@@ -39,6 +41,7 @@ impl Arguments {
             threads: 0,
             repeats: 5,
             recompute: false,
+            dtype: "f32".into(),
         };
         let mut words = std::env::args().skip(1);
         while let Some(word) = words.next() {
@@ -50,6 +53,7 @@ impl Arguments {
                 "--size" => parsed.size = value()?.parse()?,
                 "--threads" => parsed.threads = value()?.parse()?,
                 "--repeats" => parsed.repeats = value()?.parse()?,
+                "--dtype" => parsed.dtype = value()?,
                 "--recompute" => parsed.recompute = true,
                 // cargo's own
                 "--bench" => {}
@@ -78,6 +82,7 @@ fn main() -> Outcome<()> {
     let mut options = TrainOptions::new(goal);
     options.set_warmup_steps(0);
     options.set("recompute", if arguments.recompute { "true" } else { "false" })?;
+    options.set("compute_dtype", &arguments.dtype)?;
     let mut trainer = Trainer::new(&model, &options)?;
     let images = images(&arguments)?;
     let images: Vec<&Image> = images.iter().collect();

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench profile -- --model DIR [--out DIR] [--parts text,text-b,c,b,a] [--threads N] [--steps N]
+//!                                 [--dtype f32|bf16|i8]
 //! ```
 //!
 //! `tools/profile.sh` runs it. Each part is run once to warm up, then recorded: `c` and `b` over `--steps` denoising
@@ -39,9 +40,11 @@ fn main() -> Outcome<()> {
     };
     let mut options = ModelOptions::default();
     options.set_threads(arguments.threads)?;
+    options.set("compute_dtype", &arguments.dtype)?;
     let inputs = Inputs::new(Model::open(path, &options)?, path);
     let mut report = Report::new(arguments.out.clone(), Limits::measure(arguments.threads as usize)?)?;
-    report.say(&format!("{}: generation {}", path.display(), inputs.model.info().generation))?;
+    let generation = inputs.model.info().generation;
+    report.say(&format!("{}: generation {generation}, computing in {}", path.display(), arguments.dtype))?;
     for part in arguments.parts(&inputs) {
         report.add(&profile(&inputs, &part, arguments.steps)?)?;
     }
@@ -125,6 +128,7 @@ struct Arguments {
     parts: String,
     threads: u32,
     steps: u32,
+    dtype: String,
 }
 
 impl Arguments {
@@ -149,6 +153,7 @@ impl Arguments {
             parts: take("parts", ""),
             threads: take("threads", "0").parse()?,
             steps: take("steps", "4").parse::<u32>()?.max(1),
+            dtype: take("dtype", "f32"),
         };
         match given.keys().next() {
             Some(name) => Err(format!("unknown option --{name}").into()),
