@@ -57,7 +57,10 @@ venv_has() {
 
 # find_mpi: true when MPI is there to run and to build with, or could be installed.
 find_mpi() {
-    need mpirun openmpi-bin && need mpicc libopenmpi-dev || return 1
+    # The compiler may come with mpirun; the headers are a package of their own.
+    mpi_compiles() { echo '#include <mpi.h>' | mpicc -E -o /dev/null -x c - 2>/dev/null; }
+    need mpirun openmpi-bin || return 1
+    mpi_compiles || { note "fetching MPI's headers"; apt_install libopenmpi-dev && mpi_compiles; } || return 1
     # libclang reads MPI's headers for the Rust bindings; it is a library, so no command tells of it.
     libclang_is_there() {
         [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p 2>/dev/null | grep -q 'libclang[.-][0-9s]' ||
@@ -69,9 +72,9 @@ find_mpi() {
 # find_aarch64: true when programs for 64-bit Arm can be built and run, or what that takes could be installed.
 find_aarch64() {
     # The compiler links; what it links with is a package of its own.
-    arm_libraries_are_there() { [ -e /usr/aarch64-linux-gnu/lib/libc.so.6 ]; }
+    arm_links() { echo 'int main(void) { return 0; }' | aarch64-linux-gnu-gcc -o /dev/null -x c - -ldl 2>/dev/null; }
     need qemu-aarch64 qemu-user && need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu || return 1
-    arm_libraries_are_there || { apt_install libc6-dev-arm64-cross && arm_libraries_are_there; } || return 1
+    arm_links || { note "fetching libraries for 64-bit Arm"; apt_install libc6-dev-arm64-cross && arm_links; } || return 1
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     has_aarch64_std || rustup target add aarch64-unknown-linux-gnu >>"$build/log/rustup.log" 2>&1
     has_aarch64_std
